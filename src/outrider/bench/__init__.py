@@ -1,0 +1,1 @@
+"""Measure: speed-up with an interval, on one engine, in one run."""

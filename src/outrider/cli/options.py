@@ -1,0 +1,93 @@
+"""Options that several commands share, and how their texts become settings."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from outrider.engine.llm import LLM
+from outrider.errors import RequestError
+from outrider.request import SamplingParams, SpeculationParams
+
+Model: TypeAlias = Annotated[
+    str, typer.Argument(help='Hub id, folder, or "demo" (the shipped pair).', metavar="MODEL")
+]
+DraftModel: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model",
+        help='Smaller model of the same vocabulary; "off" declines the demo\'s own.',
+    ),
+]
+SpeculationJSON: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--speculation",
+        help='"off", a method\'s name, or JSON such as '
+        '\'{"method": "ngram", "num_speculative_tokens": 5}\'.',
+    ),
+]
+MaxTokens: TypeAlias = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK: TypeAlias = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP: TypeAlias = Annotated[float, typer.Option(help="Keep the smallest set with this mass.")]
+MinP: TypeAlias = Annotated[
+    float, typer.Option(help="Drop tokens below this share of the likeliest.")
+]
+Seed: TypeAlias = Annotated[int | None, typer.Option(help="Same seed, same tokens.")]
+Dtype: TypeAlias = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+
+
+def read_speculation(text: str | None) -> SpeculationParams:
+    """From "off", a method's name, or a JSON object; None leaves it to the engine."""
+    if text is None:
+        return SpeculationParams()
+    if not text.lstrip().startswith("{"):
+        return SpeculationParams(method=text.strip())
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"--speculation {text!r} is no JSON ({error.msg} at {error.pos}): write it like "
+            '{"method": "draft_model", "num_speculative_tokens": 4}'
+        ) from None
+    return SpeculationParams.from_dict(values)
+
+
+def read_stop(stop: list[str] | None) -> tuple[str, ...]:
+    return tuple(stop or ())
+
+
+def load(
+    model: str, draft_model: str | None, speculation: SpeculationParams, dtype: str, device: str
+) -> LLM:
+    """The engine; a draft model named inside --speculation is loaded too, as vLLM's key does."""
+    if speculation.model is not None and draft_model is None:
+        draft_model = speculation.model
+    return LLM(model, draft_model=draft_model, speculation=speculation, dtype=dtype, device=device)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """From --prompt, --file, or standard input (`-`)."""
+    if prompt is not None and file is not None:
+        raise RequestError("--prompt and --file exclude each other: give one")
+    if file is not None and str(file) != "-":
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--file {str(file)!r} cannot be read: {error}") from None
+    if prompt is not None and prompt != "-":
+        return prompt
+    if file is None and prompt is None and typer.get_text_stream("stdin").isatty():
+        raise RequestError("no prompt: give --prompt TEXT, --file PATH, or text on standard input")
+    return typer.get_text_stream("stdin").read()
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+__all__ = ["SamplingParams", "load", "read_prompt", "read_speculation"]

@@ -1,0 +1,1 @@
+"""Whether to speculate, with whom, and how far."""

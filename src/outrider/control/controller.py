@@ -1,0 +1,43 @@
+"""FixedController: speculate as far as each request asks, limited only by what cannot be used."""
+
+from collections.abc import Sequence as Items
+
+from outrider.sequence import Sequence
+from outrider.step import Batch, Commit, Plan, Row, RowPlan
+
+PLAIN = RowPlan()
+
+
+class FixedController:
+    """K as asked for. A drafted token that could never be committed is not drafted.
+
+    Args:
+        max_model_len: longest sequence the engine allows.
+    """
+
+    def __init__(self, max_model_len: int) -> None:
+        self.max_model_len = max_model_len
+
+    def plan(self, batch: Batch) -> Plan:
+        return [self._plan_row(row) for row in batch.rows]
+
+    def observe(self, commits: Items[Commit]) -> None:
+        """Nothing to learn: the policy is fixed."""
+
+    def _plan_row(self, row: Row) -> RowPlan:
+        spec = row.seq.speculation
+        if not spec.drafter or not row.reaches_end:
+            return PLAIN
+        depth = min(spec.num_draft_tokens, usable(row.seq, self.max_model_len))
+        num_nodes = min(depth * spec.width, row.max_draft_nodes)
+        if depth < 1 or num_nodes < 1:
+            return PLAIN
+        return RowPlan(spec.drafter, min(depth, num_nodes), spec.width, num_nodes)
+
+
+def usable(seq: Sequence, max_model_len: int) -> int:
+    """Most draft tokens that can be committed beside the bonus token."""
+    room = max_model_len - len(seq.tokens)
+    if seq.request.sampling.max_tokens is not None:
+        room = min(room, seq.request.sampling.max_tokens - seq.num_generated)
+    return max(room - 1, 0)

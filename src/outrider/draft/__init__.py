@@ -1,0 +1,1 @@
+"""Guess: one file per way to draft."""

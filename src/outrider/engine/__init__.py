@@ -1,0 +1,1 @@
+"""The sentence: schedule, plan, draft, forward, verify, commit, stream."""

@@ -1,0 +1,79 @@
+"""Prompts as users give them (text, token ids, chat messages) into requests."""
+
+import secrets
+from collections.abc import Mapping, Sequence as Items
+from typing import Any, TypeAlias
+
+from outrider.errors import RequestError
+from outrider.request import Request, SamplingParams, SpeculationParams, StreamParams
+from outrider.tokenizer import Tokenizer
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Items[int] | Items[Message]
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Token ids of a text, of chat messages (through the chat template), or as they are."""
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError("the prompt is empty: give some text")
+        return tuple(_needed(tokenizer, "a text prompt").encode(prompt))
+    items = list(prompt)
+    if items and all(isinstance(item, Mapping) for item in items):
+        chat = _needed(tokenizer, "a chat prompt")
+        return tuple(chat.apply_chat_template([dict(m) for m in items if isinstance(m, Mapping)]))
+    ids = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+    if not items or len(ids) < len(items):
+        raise RequestError(
+            f"prompt={_short(prompt)}: give a text, token ids, or messages like "
+            '{"role": "user", "content": "..."}'
+        )
+    return tuple(ids)
+
+
+def make_request(
+    request_id: str,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    speculation: SpeculationParams,
+    stream: StreamParams,
+    tokenizer: Tokenizer | None,
+    *,
+    priority: int = 0,
+    tenant: str = "",
+) -> Request:
+    """A request whose seed is drawn here if none was given."""
+    return Request(
+        id=request_id,
+        prompt_token_ids=encode(prompt, tokenizer),
+        sampling=sampling,
+        speculation=speculation,
+        stream=stream,
+        seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+        priority=priority,
+        tenant=tenant,
+        bad_words_ids=_bad_words(sampling, tokenizer),
+    )
+
+
+def _bad_words(
+    sampling: SamplingParams, tokenizer: Tokenizer | None
+) -> tuple[tuple[int, ...], ...]:
+    """Each bad word as it reads at the start of a text and after a space."""
+    if not sampling.bad_words:
+        return ()
+    encoder = _needed(tokenizer, "bad_words")
+    spellings = [text for word in sampling.bad_words for text in (word, " " + word.lstrip())]
+    encoded = [tuple(encoder.encode(text, add_special_tokens=False)) for text in spellings]
+    return tuple(dict.fromkeys(encoded))
+
+
+def _needed(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
+    if tokenizer is None:
+        raise RequestError(f"{what} needs a tokenizer: load one, or give token ids")
+    return tokenizer
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

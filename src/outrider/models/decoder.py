@@ -1,0 +1,200 @@
+"""The lean decoder: dense Llama-family networks over a ragged pass of chains and draft trees.
+
+Shape legend: N rows of the pass, R rows whose logits are wanted, V vocabulary, D hidden width
+(of a head where heads are named), H query heads, G key/value heads, J = H + G, I inner width of
+the feed-forward layer, X = H + 2 G heads of the fused projection.
+"""
+
+from collections.abc import Callable, MutableMapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from outrider.models.base import KVShape, ModelSpec
+from outrider.models.config import DecoderConfig, LayerConfig
+from outrider.models.rope import RopeTable, Turn, rotate_
+from outrider.models.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    Weights,
+    check_tensors,
+    gate_up_names,
+    num_parameters,
+    qkv_names,
+)
+from outrider.ops.base import LayerKV, Layout, Ops
+
+
+class Decoder:
+    """A `Network` of the Llama family; what a row yields depends on its own path only.
+
+    Args:
+        tensors: weights by their Hugging Face names, in any float dtype; emptied on the way.
+        ops: kernels; they pack the weights.
+        dtype: of weights, activations and KV.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected, or of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: MutableMapping[str, Tensor],
+        ops: Ops,
+        *,
+        name: str = "decoder",
+        eos_token_ids: tuple[int, ...] = (),
+        fingerprint: str = "",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_tensors(tensors, config)
+        self.config = config
+        self.ops = ops
+        device = torch.device(device)
+        weights = Weights(tensors, dtype=dtype, device=device)
+        self._rope = RopeTable(config.rope, dtype=dtype, device=device)
+        self._layers = [
+            Layer(config, layer, weights, f"model.layers.{index}.", ops)
+            for index, layer in enumerate(config.layers)
+        ]
+        self._norm = RMSNorm(weights.take(FINAL_NORM), config.norm_eps)
+        self._embedding_VD = weights.take(EMBEDDING)
+        self._head = ops.linear(weights.take_head(config.is_tied, self._embedding_VD))
+        self.spec = ModelSpec(
+            name=name,
+            family=config.family,
+            vocab_size=config.vocab_size,
+            max_positions=config.max_positions,
+            eos_token_ids=eos_token_ids,
+            kv_shapes=(KVShape(config.num_kv_heads, config.head_dim, config.head_dim),)
+            * len(config.layers),
+            dtype=dtype,
+            device=device,
+            num_parameters=num_parameters(config),
+            fingerprint=fingerprint,
+        )
+
+    def forward(
+        self, tokens_N: Tensor, layout: Layout, kv: list[LayerKV], wanted_R: Tensor
+    ) -> Tensor:
+        """Runs all rows, returns float32 logits_RV of the rows `wanted_R` indexes."""
+        hidden_ND = F.embedding(tokens_N, self._embedding_VD)
+        turn = self._rope.at(layout)
+        for layer, layer_kv in zip(self._layers, kv, strict=True):
+            hidden_ND = layer(hidden_ND, turn, layout, layer_kv)
+        return self._head(self._norm(hidden_ND.index_select(0, wanted_R))).float()
+
+
+class Layer:
+    """Attention and feed-forward with their norms and residual sums."""
+
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, weights: Weights, prefix: str, ops: Ops
+    ) -> None:
+        self._attention_norm = RMSNorm(
+            weights.take(f"{prefix}input_layernorm.weight"), config.norm_eps
+        )
+        self._attention = Attention(config, layer, weights, f"{prefix}self_attn.", ops)
+        self._mlp_norm = RMSNorm(
+            weights.take(f"{prefix}post_attention_layernorm.weight"), config.norm_eps
+        )
+        self._mlp = MLP(config, weights, f"{prefix}mlp.", ops)
+
+    def __call__(self, hidden_ND: Tensor, turn: Turn, layout: Layout, kv: LayerKV) -> Tensor:
+        hidden_ND = hidden_ND + self._attention(self._attention_norm(hidden_ND), turn, layout, kv)
+        return hidden_ND + self._mlp(self._mlp_norm(hidden_ND))
+
+
+class Attention:
+    """Grouped-query attention over the KV pool; queries and keys are normed and turned as one."""
+
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, weights: Weights, prefix: str, ops: Ops
+    ) -> None:
+        names = [f"{prefix}{name}" for name in qkv_names(config)]
+        self._qkv = ops.linear(
+            weights.take(*(f"{name}.weight" for name in names)),
+            weights.take_optional(config.has_qkv_bias, *(f"{name}.bias" for name in names)),
+        )
+        self._output = ops.linear(
+            weights.take(f"{prefix}o_proj.weight"),
+            weights.take_optional(config.has_output_bias, f"{prefix}o_proj.bias"),
+        )
+        self._head_norm = _head_norm(config, weights, prefix) if config.has_qk_norm else None
+        self._has_rope = layer.has_rope
+        self._window = layer.window
+        self._scale = config.attention_scale
+        self._num_heads = config.num_heads
+        self._num_turned = config.num_heads + config.num_kv_heads
+        self._shape_XD = (config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        self._ops = ops
+
+    def __call__(self, hidden_ND: Tensor, turn: Turn, layout: Layout, kv: LayerKV) -> Tensor:
+        qkv_NXD = self._qkv(hidden_ND).view(-1, *self._shape_XD)
+        heads_NJD = qkv_NXD[:, : self._num_turned]
+        if self._head_norm is not None:
+            heads_NJD = self._head_norm(heads_NJD)
+        if self._has_rope:
+            rotate_(heads_NJD, turn)
+        query_NHD, keys_NGD = heads_NJD[:, : self._num_heads], heads_NJD[:, self._num_heads :]
+        self._ops.write_kv(kv, keys_NGD, qkv_NXD[:, self._num_turned :], layout)
+        out_NHD = self._ops.attend(query_NHD, kv, layout, scale=self._scale, window=self._window)
+        return self._output(out_NHD.flatten(1))
+
+
+class MLP:
+    """The gated feed-forward layer: down(silu(gate) * up)."""
+
+    def __init__(self, config: DecoderConfig, weights: Weights, prefix: str, ops: Ops) -> None:
+        names = [f"{prefix}{name}" for name in gate_up_names(config)]
+        gate_up = weights.take(*(f"{name}.weight" for name in names))
+        self._gate_up = ops.linear(
+            gate_up, weights.take_optional(config.has_mlp_bias, *(f"{name}.bias" for name in names))
+        )
+        self._down = ops.linear(
+            weights.take(f"{prefix}down_proj.weight"),
+            weights.take_optional(config.has_mlp_bias, f"{prefix}down_proj.bias"),
+        )
+        is_reference = gate_up.device.type == "cpu" and gate_up.dtype == torch.float32
+        self._silu: Callable[[Tensor], Tensor] = silu_anywhere if is_reference else F.silu
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        gate_NI, up_NI = self._gate_up(hidden_ND).chunk(2, dim=-1)
+        return self._down(self._silu(gate_NI).mul_(up_NI))
+
+
+class RMSNorm:
+    """x / rms(x) * weight, the quotient in float32 (Zhang and Sennrich 2019).
+
+    A weight of several rows, one per head, serves heads of different norms at once.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._width = weight.shape[-1:]
+        self._eps = eps
+        self._is_one_call = weight.dtype == torch.float32 and weight.dim() == 1
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        if self._is_one_call:
+            return torch.rms_norm(hidden_ND, self._width, self._weight, self._eps)
+        normed_ND = torch.rms_norm(hidden_ND.float(), self._width, None, self._eps)
+        return normed_ND.to(hidden_ND.dtype) * self._weight
+
+
+def silu_anywhere(x_NI: Tensor) -> Tensor:
+    """x / (1 + exp(-x)), with the same bits wherever an element stands.
+
+    `F.silu` on the CPU is vectorised but for the last elements of each thread's share, whose
+    exponential differs in the last bit, so a row would depend on the number of rows beside it.
+    """
+    return x_NI / x_NI.neg().exp_().add_(1)
+
+
+def _head_norm(config: DecoderConfig, weights: Weights, prefix: str) -> RMSNorm:
+    query_D, key_D = (weights.take(f"{prefix}{name}_norm.weight") for name in ("q", "k"))
+    rows = (query_D.expand(config.num_heads, -1), key_D.expand(config.num_kv_heads, -1))
+    return RMSNorm(torch.cat(rows), config.norm_eps)

@@ -1,0 +1,59 @@
+"""From a name to a network: the lean decoder where it knows the family, else the adapter."""
+
+import torch
+
+from outrider.errors import ModelError
+from outrider.models.base import Network
+from outrider.models.loader import (
+    eos_token_ids,
+    fingerprint,
+    is_lean,
+    load_decoder,
+    pick_device,
+    pick_dtype,
+    read_config,
+    resolve,
+    stored_dtype,
+)
+from outrider.ops.base import Ops
+
+KINDS = ("auto", "lean", "adapter")
+
+
+def load_network(
+    name: str,
+    *,
+    ops: Ops,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    network: str = "auto",
+    trust_remote_code: bool = False,
+) -> Network:
+    """The network of a hub id, a folder, or a shipped name.
+
+    Args:
+        network: "lean", "adapter", or "auto", which prefers the lean decoder.
+
+    Raises:
+        ModelError: it cannot be found, read, or run.
+    """
+    if network not in KINDS:
+        raise ModelError(f"network={network!r}: must be one of {', '.join(KINDS)}")
+    folder = resolve(name, revision)
+    config = read_config(folder)
+    if network == "lean" or (network == "auto" and is_lean(config)):
+        return load_decoder(folder, dtype=dtype, device=device, ops=ops, name=name)
+    from outrider.models.adapter import load_adapter  # transformers takes seconds to import
+
+    place = pick_device(device)
+    return load_adapter(
+        folder,
+        dtype=pick_dtype(dtype, stored_dtype(config), place) or torch.float32,
+        device=place,
+        ops=ops,
+        name=name,
+        trust_remote_code=trust_remote_code,
+        eos_token_ids=eos_token_ids(folder),
+        fingerprint=fingerprint(folder),
+    )

@@ -1,0 +1,114 @@
+"""The kernels' interface: who may see what in one pass (Layout), and the operations on it (Ops).
+
+Shape legend: N rows of the pass (all sequences, ragged), H query heads, G key/value heads, D head
+width, S slots of a KV pool, I/O input/output width of a linear layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Linear: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class LayerKV(NamedTuple):
+    """One layer's share of the KV pool: keys_SGD and values_SGE (their widths may differ)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Span(NamedTuple):
+    """One sequence's rows in a pass: a chain of committed tokens, then the nodes of a tree.
+
+    Attributes:
+        slots: KV slots of the sequence in order of position: `num_cached` cached ones, then one
+            per new row (chain first, then nodes).
+        num_cached: positions that have KV already.
+        num_chain: committed tokens run in this pass (at least 1).
+        parents: per draft node its parent among the nodes, -1 for the last token of the chain.
+    """
+
+    slots: list[int]
+    num_cached: int
+    num_chain: int
+    parents: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_chain + len(self.parents)
+
+
+class Window(NamedTuple):
+    """Which earlier positions a layer sees; the default sees them all.
+
+    Attributes:
+        sliding: a row at position t sees positions > t - sliding; 0 is unlimited.
+        chunk: a row at position t sees positions of its own chunk t // chunk only; 0 is off.
+    """
+
+    sliding: int = 0
+    chunk: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Positions, KV slots and visibility of the rows of one pass; made by `Ops.layout`.
+
+    Rows stand sequence after sequence, in the order of `spans`. Everything else is private to
+    the kernels that made it.
+    """
+
+    spans: list[Span]
+    positions_N: Tensor
+    slots_N: Tensor
+    plan: object = None
+
+
+class Ops(Protocol):
+    """The kernels of one backend.
+
+    `is_batch_invariant` promises that a row's result is bitwise the same whatever rows ride
+    along, wherever it stands among them, and however its context was split into passes.
+    """
+
+    name: str
+    is_batch_invariant: bool
+
+    def layout(self, spans: list[Span], device: torch.device) -> Layout:
+        """Uploads what the kernels need to know about this pass."""
+        ...
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
+        """A callable x_NI -> y_NO = x W^T + b; packs the weight once."""
+        ...
+
+    def write_kv(self, kv: LayerKV, keys_NGD: Tensor, values_NGE: Tensor, layout: Layout) -> None:
+        """Stores the rows' keys and values in their slots."""
+        ...
+
+    def attend(
+        self,
+        query_NHD: Tensor,
+        kv: LayerKV,
+        layout: Layout,
+        *,
+        scale: float,
+        window: Window = Window(),
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of every row over its path: cached positions, chain, ancestors, itself.
+
+        Args:
+            scale: multiplies query-key products.
+            softcap: > 0 squashes scores to softcap * tanh(score / softcap) (Gemma 2).
+            sinks_H: per head a logit that takes part in the softmax without a value (GPT-OSS).
+
+        Returns:
+            out_NHE, in the dtype of the query.
+        """
+        ...

@@ -1,0 +1,79 @@
+"""Names to classes: drafters and verifiers, built in or from plug-ins, imported when used."""
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple
+
+from outrider.errors import ConfigError, unknown
+
+
+class Registered(NamedTuple):
+    """Where a name leads: `source` is "outrider" or the distribution that brings the plug-in."""
+
+    name: str
+    target: str
+    source: str
+
+
+class Registry:
+    """One kind of part, by name. Built-ins and entry points of `group` go through the same door.
+
+    Args:
+        kind: what the parts are called in messages ("drafter").
+        group: entry-point group of plug-ins ("outrider.drafters").
+        builtins: name -> "module:Class".
+    """
+
+    def __init__(self, kind: str, group: str, builtins: dict[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self._builtins = builtins
+
+    def __iter__(self) -> Iterator[Registered]:
+        """All parts, built-ins first; a plug-in may not take the name of a built-in."""
+        for name, target in self._builtins.items():
+            yield Registered(name, target, "outrider")
+        for point in self._plugins():
+            yield Registered(point.name, point.value, point.dist.name if point.dist else "?")
+
+    def names(self) -> list[str]:
+        return [part.name for part in self]
+
+    def load(self, name: str) -> Any:
+        """The class behind `name`. ConfigError for a name that nobody registered."""
+        for part in self:
+            if part.name == name:
+                module, _, attribute = part.target.partition(":")
+                return getattr(import_module(module), attribute)
+        raise ConfigError(unknown(self.kind, name, self.names()))
+
+    def _plugins(self) -> list[EntryPoint]:
+        found = list(entry_points(group=self.group))
+        for point in found:
+            if point.name in self._builtins:
+                raise ConfigError(
+                    f"plug-in {point.value!r} takes the name of the built-in {self.kind} "
+                    f"{point.name!r}: uninstall it or rename its entry point"
+                )
+        return found
+
+
+DRAFTERS = Registry(
+    "drafter",
+    "outrider.drafters",
+    {
+        "ngram": "outrider.draft.ngram:NgramDrafter",
+        "draft_model": "outrider.draft.draft_model:ModelDrafter",
+    },
+)
+
+VERIFIERS = Registry(
+    "verifier",
+    "outrider.verifiers",
+    {
+        "greedy": "outrider.verify.greedy:GreedyVerifier",
+        "sampled": "outrider.verify.sampled:SampledVerifier",
+        "rejection": "outrider.verify.rejection:RejectionVerifier",
+    },
+)

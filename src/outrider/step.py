@@ -1,0 +1,180 @@
+"""What one verb hands the next: Row, Batch, Plan, DraftTree, TargetOutput, Verdict, Commit.
+
+Shape legend: N rows of one forward pass (all sequences), M nodes of one draft tree, V vocabulary,
+D hidden width.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from outrider.sequence import Sequence
+
+
+class Row(NamedTuple):
+    """One sequence's share of a step.
+
+    Attributes:
+        num_tokens: committed tokens to run, from `seq.num_cached` on.
+        max_draft_nodes: draft nodes that KV slots and token budget leave room for.
+    """
+
+    seq: Sequence
+    num_tokens: int
+    max_draft_nodes: int
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether this step computes the logits of the last committed token."""
+        return self.num_tokens == self.seq.num_uncached
+
+
+class Batch(NamedTuple):
+    """What the scheduler chose to run; blocks are reserved. `preempted` lost their KV for it."""
+
+    rows: list[Row]
+    preempted: list[Sequence]
+
+
+class RowPlan(NamedTuple):
+    """How far to speculate for one row; zero nodes is plain decoding.
+
+    Attributes:
+        drafter: name of the drafter, "" for none.
+        depth: longest path drafted.
+        width: branches at the root (1 is a chain).
+        num_nodes: most nodes in the tree.
+    """
+
+    drafter: str = ""
+    depth: int = 0
+    width: int = 1
+    num_nodes: int = 0
+
+
+Plan: TypeAlias = list[RowPlan]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftTree:
+    """Proposed tokens with parents; topological order, siblings in the order they were drawn.
+
+    Attributes:
+        tokens: M token ids.
+        parents: M indices of parent nodes, -1 for the root (the last committed token).
+        laws: per node the law it was drawn from, given the siblings before it: a dense [V]
+            tensor, or None for a deterministic pick (point mass). Shorter than `tokens` is not
+            allowed; () means every node is a point mass.
+        paths: for i.i.d. chains, one tuple of node indices per chain, duplicates kept.
+        source: name of the drafter.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    laws: tuple[torch.Tensor | None, ...] = ()
+    paths: tuple[tuple[int, ...], ...] = ()
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def chain(
+        cls, tokens: Items[int], source: str, laws: Items[torch.Tensor | None] = ()
+    ) -> "DraftTree":
+        """A tree of degree one."""
+        parents = tuple(range(-1, len(tokens) - 1))
+        return cls(tokens=tuple(tokens), parents=parents, laws=tuple(laws), source=source)
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def law(self, node: int) -> torch.Tensor | None:
+        return self.laws[node] if self.laws else None
+
+    def children(self, node: int) -> list[int]:
+        """Nodes below `node` (-1: the root), in draw order."""
+        return [child for child, parent in enumerate(self.parents) if parent == node]
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Nodes from the root's child down to `node`; empty for the root."""
+        nodes: list[int] = []
+        while node >= 0:
+            nodes.append(node)
+            node = self.parents[node]
+        return tuple(reversed(nodes))
+
+    def depth(self, node: int) -> int:
+        """1 for a child of the root, 0 for the root."""
+        return len(self.path(node))
+
+    def path_tokens(self, node: int) -> tuple[int, ...]:
+        return tuple(self.tokens[i] for i in self.path(node))
+
+    def check(self) -> None:
+        """AssertionError where the tree breaks its own rules (a drafter's bug, not a user's)."""
+        assert len(self.parents) == len(self.tokens), "one parent per token"
+        assert all(-1 <= p < i for i, p in enumerate(self.parents)), "parents before children"
+        assert len(self.laws) in (0, len(self.tokens)), "one law per token, or none at all"
+
+
+EMPTY_TREE = DraftTree()
+
+
+class TargetOutput(NamedTuple):
+    """What the target said in one pass.
+
+    Attributes:
+        logits_NV: raw logits of the rows that were asked for: per batch row that reaches the
+            end, its last committed token and then its draft nodes, in batch order.
+        first: per batch row, where its logits begin in `logits_NV`; -1 if it asked for none.
+        argmax_N: argmax token of each row of `logits_NV`, on the host.
+    """
+
+    logits_NV: torch.Tensor
+    first: list[int]
+    argmax_N: list[int]
+
+
+class Verdict(NamedTuple):
+    """Which guesses stand: a root-to-node path, and the token the target adds after it.
+
+    Attributes:
+        accepted: node indices, from a child of the root downwards.
+        token: the bonus token (after a rejection also called the correction).
+        error: why this one request cannot go on, if it cannot (then the rest is void).
+    """
+
+    accepted: tuple[int, ...]
+    token: int
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What one step added to one sequence.
+
+    Attributes:
+        tokens: new tokens, cut at a stop (so perhaps fewer than accepted + 1).
+        num_drafted, num_accepted: nodes of the draft tree; nodes on the accepted path before
+            the cut.
+        num_kept: accepted nodes whose tokens were really committed.
+        accepted: the accepted path as node indices.
+        finish_reason: set when these are the sequence's last tokens.
+        logprobs: per new token, if asked for: (its log-probability, {token id: log-probability}).
+        error: why the sequence could not go on, with finish reason "error".
+    """
+
+    seq: Sequence
+    tree: DraftTree = EMPTY_TREE
+    tokens: tuple[int, ...] = ()
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_kept: int = 0
+    accepted: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    logprobs: tuple[tuple[float, dict[int, float]], ...] = ()
+    error: str = ""

@@ -1,0 +1,111 @@
+"""Events: what a step tells the clients. Committed text is final; a tail is only expected."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMetrics:
+    """What one completion cost and how well its drafts were guessed.
+
+    Attributes:
+        num_prompt_tokens, num_cached_tokens: prompt, and how much of it the prefix cache held.
+        num_steps: target passes that emitted tokens; num_drafts: those that carried a draft.
+        num_draft_tokens, num_accepted_tokens: nodes drafted; nodes on accepted paths.
+        accepted_histogram: entry a counts the drafted steps that accepted a tokens.
+        drafter, verifier, exactness: who guessed, which rule decided, and what that promises
+            ("exact", "exact-greedy" or "lossy").
+        num_preemptions: times the KV was given up and computed again.
+    """
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_histogram: tuple[int, ...] = ()
+    drafter: str = ""
+    verifier: str = ""
+    exactness: str = ""
+    num_preemptions: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """1 + accepted / drafts, the bonus token counted; 1.0 when nothing was drafted."""
+        return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted tokens; 0.0 when nothing was drafted."""
+        drafted = self.num_draft_tokens
+        return self.num_accepted_tokens / drafted if drafted else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Emitted tokens per target pass, steps without a draft counted."""
+        return self.num_generated_tokens / self.num_steps if self.num_steps else 0.0
+
+    @property
+    def joint_acceptance(self) -> tuple[float, ...]:
+        """Share of drafted steps that accepted at least i tokens, for i = 1, 2, ..."""
+        histogram, total = self.accepted_histogram, self.num_drafts
+        return tuple(sum(histogram[i:]) / total for i in range(1, len(histogram)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """Raw log-probability (nats, before any transform) of an emitted token and of the likeliest."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """Verified tokens; numbered, append-only. Texts of all events, joined, are the output.
+
+    Attributes:
+        index: which of the request's n completions.
+        offset: tokens of this completion committed before these.
+        num_drafted, num_accepted: draft nodes of this step, and those on the accepted path.
+        num_from_draft: leading tokens here that were drafted; the rest came from the target.
+        source: drafter of the step, "" when it was plain.
+        finish_reason: None until the last event: "stop", "length", "abort" or "error".
+        stop_reason: the stop text or token that ended the output.
+        error: why, when the finish reason is "error".
+        metrics: with the finish reason.
+    """
+
+    request_id: str
+    index: int = 0
+    offset: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_from_draft: int = 0
+    source: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str = ""
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """What is at present expected to follow the committed text; replaces any earlier tail.
+
+    Only for clients that asked; the next `Committed` of the same completion makes it void.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+Event: TypeAlias = Committed | Tail

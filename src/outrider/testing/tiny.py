@@ -1,0 +1,132 @@
+"""A tiny random model, a byte tokenizer, and an engine of them: a whole loop in milliseconds."""
+
+from collections.abc import Mapping, Sequence as Items
+from typing import Any
+
+import torch
+
+from outrider.cache.pool import KVPool
+from outrider.cache.table import BlockManager
+from outrider.draft.base import Drafter
+from outrider.draft.draft_model import ModelDrafter
+from outrider.draft.ngram import NgramDrafter
+from outrider.engine.config import EngineConfig
+from outrider.engine.engine import Engine
+from outrider.models.config import DecoderConfig
+from outrider.models.decoder import Decoder
+from outrider.models.runner import Runner
+from outrider.models.weights import tensor_shapes
+from outrider.ops.torch import TorchOps
+from outrider.request import Request
+from outrider.stream.events import Committed, Event
+
+VOCAB_SIZE = 256
+EOS = 3
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+class ByteTokenizer:
+    """One token per byte; ids below 4 are special and read as nothing."""
+
+    vocab_size = VOCAB_SIZE
+    eos_token_id = EOS
+    special_ids = frozenset(range(4))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [byte for byte in text.encode() if byte > 3]
+
+    def decode(self, ids: Items[int], skip_special_tokens: bool = True) -> str:
+        return bytes(i for i in ids if i > 3 or not skip_special_tokens).decode(errors="replace")
+
+
+def tiny_decoder(seed: int = 0, *, scale: float = 0.25, **config: Any) -> Decoder:
+    """A random Llama of two layers over 256 tokens.
+
+    Args:
+        scale: deviation of the weights; larger makes sharper laws.
+        config: keys of a Hugging Face config that shall differ.
+    """
+    read = DecoderConfig.from_dict({**TINY, **config})
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.ones(shape) if len(shape) == 1 else _random(shape, scale, generator)
+        for name, shape in tensor_shapes(read).items()
+        if not (read.is_tied and name == "lm_head.weight")
+    }
+    return Decoder(read, tensors, TorchOps(), name=f"tiny-{seed}", eos_token_ids=(EOS,))
+
+
+def tiny_engine(
+    *,
+    num_blocks: int = 256,
+    block_size: int = 4,
+    drafters: Items[Drafter] | None = None,
+    draft_seed: int | None = 0,
+    target: Decoder | None = None,
+    options: Mapping[str, Any] | None = None,
+    **engine: Any,
+) -> Engine:
+    """An engine over tiny models that proves its KV after every step.
+
+    Args:
+        drafters: further drafters beside `ngram` and `draft_model`.
+        draft_seed: seed of the draft model; 0 is the target itself, None loads none.
+        options: fields of `EngineConfig`. engine: further arguments of `Engine`.
+    """
+    target = target or tiny_decoder()
+    config = EngineConfig(
+        **{"block_size": block_size, "check_integrity": True, "max_num_seqs": 16, **(options or {})}
+    )
+    mine: list[Drafter] = [NgramDrafter(), *(drafters or ())]
+    if draft_seed is not None:
+        runner, manager = _pooled(tiny_decoder(draft_seed), num_blocks, config)
+        mine.append(ModelDrafter(runner, manager, VOCAB_SIZE))
+    runner, manager = _pooled(target, num_blocks, config)
+    engine.setdefault("tokenizer", ByteTokenizer())
+    return Engine(runner, manager, config, drafters=mine, **engine)
+
+
+def run(engine: Engine, requests: Items[Request]) -> dict[tuple[str, int], list[int]]:
+    """Serves requests to the end; the tokens of each completion by (request id, index)."""
+    return {
+        key: [t for e in told for t in e.token_ids]
+        for key, told in events(engine, requests).items()
+    }
+
+
+def events(engine: Engine, requests: Items[Request]) -> dict[tuple[str, int], list[Committed]]:
+    """Serves requests to the end; the events of each completion by (request id, index)."""
+    for request in requests:
+        engine.add(request)
+    told: dict[tuple[str, int], list[Committed]] = {}
+    while engine.has_work():
+        for event in engine.step():
+            _note(told, event)
+    return told
+
+
+def _note(told: dict[tuple[str, int], list[Committed]], event: Event) -> None:
+    if isinstance(event, Committed):
+        told.setdefault((event.request_id, event.index), []).append(event)
+
+
+def _pooled(network: Decoder, num_blocks: int, config: EngineConfig) -> tuple[Runner, BlockManager]:
+    spec = network.spec
+    pool = KVPool(spec.kv_shapes, num_blocks, config.block_size, spec.dtype, spec.device)
+    manager = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+    return Runner(network, pool), manager
+
+
+def _random(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator) * scale

@@ -1,0 +1,22 @@
+"""GreedyVerifier: drafts stand while they are the target's argmax."""
+
+from typing import Literal
+
+from outrider.sampling.laws import Laws
+from outrider.sampling.rng import Stream
+from outrider.step import DraftTree, Verdict
+from outrider.verify.base import Accepts, Exactness
+from outrider.verify.sampled import walk
+
+
+class GreedyVerifier:
+    """Exact match at temperature 0; invariant: token ids equal greedy decoding."""
+
+    name = "greedy"
+    exactness = Exactness.EXACT_GREEDY
+    keyed_by: Literal["position", "root"] = "position"
+    accepts = Accepts(branches=True, point_mass=True, drawn=True)
+    greedy_only = True
+
+    def verify(self, tree: DraftTree, p: Laws, rng: Stream) -> Verdict:
+        return walk(tree, p.argmax)

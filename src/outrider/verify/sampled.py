@@ -1,0 +1,41 @@
+"""SampledVerifier: one target sample per visited node; drafts stand while they guess it."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from outrider.sampling.laws import Laws
+from outrider.sampling.rng import Stream
+from outrider.step import DraftTree, Verdict
+from outrider.verify.base import Accepts, Exactness
+
+
+class SampledVerifier:
+    """Node-wise sampling: exact match with the target's own draw, down any tree.
+
+    Invariant: every emitted token is a draw from p after the tokens before it, whatever was
+    proposed, so the output law is the target's. Under a `PositionStream` the tokens themselves
+    are those of plain decoding (drafter-invariant sampling, Daliri et al. 2024); then a drafter
+    that reads the same noise guesses better.
+    """
+
+    name = "sampled"
+    exactness = Exactness.EXACT
+    keyed_by: Literal["position", "root"] = "position"
+    accepts = Accepts(branches=True, point_mass=True, drawn=True)
+    greedy_only = False
+
+    def verify(self, tree: DraftTree, p: Laws, rng: Stream) -> Verdict:
+        return walk(tree, lambda node: p.draw(node, rng))
+
+
+def walk(tree: DraftTree, token_after: Callable[[int], int]) -> Verdict:
+    """Down the tree while a child holds the target's token; the first that is no child ends it."""
+    accepted: list[int] = []
+    node = -1
+    while True:
+        token = token_after(node)
+        child = next((c for c in tree.children(node) if tree.tokens[c] == token), None)
+        if child is None:
+            return Verdict(tuple(accepted), token)
+        accepted.append(child)
+        node = child
