@@ -44,8 +44,8 @@ format: setup  ## rewrite the sources in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: setup  ## the benchmark harness: make bench ARGS="..."
-	@$(BIN)/outrider bench $(ARGS)
+bench: setup  ## speed-up of the demo pair, with intervals: make bench ARGS="--k 2 4"
+	@$(BIN)/python -m benchmarks.speedup $(ARGS)
 
 docs: setup  ## regenerate the generated pages of docs/reference
 	@$(BIN)/python docs/generate.py

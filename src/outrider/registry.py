@@ -31,7 +31,7 @@ class Registry:
         self._builtins = builtins
 
     def __iter__(self) -> Iterator[Registered]:
-        """All parts, built-ins first; a plug-in may not take the name of a built-in."""
+        """All parts, built-ins first; a plug-in may not take a name that is taken."""
         for name, target in self._builtins.items():
             yield Registered(name, target, "outrider")
         for point in self._plugins():
@@ -50,12 +50,15 @@ class Registry:
 
     def _plugins(self) -> list[EntryPoint]:
         found = list(entry_points(group=self.group))
+        taken = dict(self._builtins)
         for point in found:
-            if point.name in self._builtins:
+            if point.name in taken:
+                owner = "the built-in" if point.name in self._builtins else "another"
                 raise ConfigError(
-                    f"plug-in {point.value!r} takes the name of the built-in {self.kind} "
-                    f"{point.name!r}: uninstall it or rename its entry point"
+                    f"plug-in {point.value!r} takes the name of {owner} {self.kind} "
+                    f"{point.name!r} ({taken[point.name]}): uninstall it or rename its entry point"
                 )
+            taken[point.name] = point.value
         return found
 
 

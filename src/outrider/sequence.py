@@ -23,7 +23,7 @@ class Sequence:
     draft tree and has no KV yet.
 
     Attributes:
-        id: unique in the engine; "<request>" or "<request>#<index>" when n > 1.
+        id: unique in the engine, "<request>#<index>".
         index: which of the request's n completions this is.
         tokens: committed tokens, prompt first (filled by the committer).
         num_prompt: how many of them are the prompt.

@@ -40,11 +40,18 @@ def test_without_settings_the_law_is_the_softmax():
 
 
 def test_all_settings_together_follow_the_documented_order():
-    settings = dict(
-        temperature=0.7, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1,
-        top_k=6, top_p=0.8, min_p=0.05, logit_bias={4: 1.5, 5: -math.inf}, min_tokens=5,
-        stop_token_ids=(6,),
-    )  # fmt: skip
+    settings = {
+        "temperature": 0.7,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.1,
+        "top_k": 6,
+        "top_p": 0.8,
+        "min_p": 0.05,
+        "logit_bias": {4: 1.5, 5: -math.inf},
+        "min_tokens": 5,
+        "stop_token_ids": (6,),
+    }
     row, output = logits().double().tolist(), [7, 7, 8]
     row[4] += 1.5
     row[5] = row[6] = row[EOS] = -math.inf
@@ -53,7 +60,9 @@ def test_all_settings_together_follow_the_documented_order():
     row[7] -= 0.1 * 2 + 0.2
     row[8] -= 0.1 + 0.2
     row = [x / 0.7 for x in row]
-    order = sorted((i for i in range(V) if row[i] > max(row) + math.log(0.05)), key=lambda i: -row[i])
+    order = sorted(
+        (i for i in range(V) if row[i] > max(row) + math.log(0.05)), key=lambda i: -row[i]
+    )
     order = order[:6]
     total = sum(math.exp(row[i]) for i in order)
     while sum(math.exp(row[i]) for i in order[:-1]) / total >= 0.8:
@@ -66,9 +75,12 @@ def test_all_settings_together_follow_the_documented_order():
 
 
 def test_counts_along_a_path_equal_those_of_committed_tokens():
-    settings = dict(
-        temperature=1.0, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.3
-    )
+    settings = {
+        "temperature": 1.0,
+        "repetition_penalty": 1.7,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+    }
     incremental, output, path = shaper(**settings), [], (5, 5, 3)
     for seed in range(6):
         along_V = incremental.log_law(logits(seed), PROMPT + output, path)
@@ -108,7 +120,9 @@ def test_a_mask_comes_before_everything():
 def test_greedy_is_a_point_mass_on_the_first_argmax():
     row_V = torch.zeros(V)
     row_V[[3, 8]] = 1.0
-    assert shaper(top_p=0.1).log_law(row_V, PROMPT).exp().tolist() == [float(i == 3) for i in range(V)]
+    assert shaper(top_p=0.1).log_law(row_V, PROMPT).exp().tolist() == [
+        float(i == 3) for i in range(V)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +162,9 @@ def test_settings_the_model_cannot_honour_are_refused(settings, named):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_without_allowed_tokens_fails_its_request_by_name(temperature):
-    shape = shaper(temperature=temperature, logit_bias=dict.fromkeys(range(11), -math.inf), min_tokens=1)
+    shape = shaper(
+        temperature=temperature, logit_bias=dict.fromkeys(range(11), -math.inf), min_tokens=1
+    )
     with pytest.raises(RequestError, match=r"no token is allowed: logit_bias=.*min_tokens=1"):
         shape.log_law(logits(), PROMPT)
 
@@ -163,7 +179,7 @@ def test_logits_that_are_no_numbers_fail_their_request(value):
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
     rows = torch.stack([logits(i) for i in range(5)])
-    settings = dict(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=1.2)
+    settings = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
     alone = [shaper(**settings).log_law(rows[i].clone(), PROMPT) for i in range(5)]
     shape = shaper(**settings)
     assert all(torch.equal(shape.log_law(rows[i], PROMPT), alone[i]) for i in (4, 0, 2, 1, 3))

@@ -18,6 +18,7 @@ from outrider.request import SamplingParams, SpeculationParams
 
 NUM_RESAMPLES = 2000
 INTERVAL = 0.95
+MIN_PROMPTS = 10
 ORDER = (0, 1, 1, 0)
 
 
@@ -50,7 +51,12 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """ "faster" or "slower" when the interval says so, else "undecided"."""
+        """ "faster" or "slower" when the interval says so, else "undecided".
+
+        Resampling fewer than 10 prompts gives an interval that is too narrow to say anything.
+        """
+        if self.num_prompts < MIN_PROMPTS:
+            return "undecided"
         if self.low > 1.0:
             return "faster"
         return "slower" if self.high < 1.0 else "undecided"

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import typer
 
 from outrider.cli import options
-from outrider.request import SamplingParams, StreamParams
-from outrider.stream.events import Committed
+from outrider.engine.llm import LLM
+from outrider.errors import RequestError
+from outrider.request import SamplingParams
+from outrider.stream.events import Committed, RequestMetrics
 
 HELP = "/reset forgets the conversation, /exit leaves (so does the end of input)"
 
@@ -37,32 +39,52 @@ def chat(
         if line == "/reset":
             messages = list(start)
             continue
-        messages.append({"role": "user", "content": line})
-        answer, summary = [], ""
-        for event in llm.stream([messages], sampling, stream=StreamParams()):
-            if isinstance(event, Committed):
-                typer.echo(event.text, nl=False)
-                answer.append(event.text)
-                if event.metrics is not None:
-                    cached = event.metrics.num_cached_tokens
-                    summary = (
-                        f"[{event.metrics.num_generated_tokens} tokens, acceptance length "
-                        f"{event.metrics.acceptance_length:.2f}, {cached} of "
-                        f"{event.metrics.num_prompt_tokens} prompt tokens from the cache]"
-                    )
-        typer.echo("")
-        typer.echo(summary, err=True)
-        messages.append({"role": "assistant", "content": "".join(answer)})
+        turn = [*messages, {"role": "user", "content": line}]
+        try:
+            answer = _answer(llm, turn, sampling)
+        except RequestError as error:
+            if not _is_terminal():
+                raise
+            typer.echo(f"error: {error} (/reset starts over)", err=True)
+            continue
+        messages = [*turn, {"role": "assistant", "content": answer}]
+
+
+def _answer(llm: LLM, messages: list[dict[str, str]], sampling: SamplingParams) -> str:
+    """Prints the next turn as it comes, then its figures. RequestError where it breaks off."""
+    answer = ""
+    for event in llm.stream([messages], sampling):
+        if isinstance(event, Committed):
+            typer.echo(event.text, nl=False)
+            answer += event.text
+            if event.metrics is not None:
+                typer.echo("")
+                typer.echo(_summary(event.metrics), err=True)
+            if event.error:
+                raise RequestError(event.error)
+    return answer
+
+
+def _summary(metrics: RequestMetrics) -> str:
+    return (
+        f"[{metrics.num_generated_tokens} tokens, acceptance length "
+        f"{metrics.acceptance_length:.2f}, {metrics.num_cached_tokens} of "
+        f"{metrics.num_prompt_tokens} prompt tokens from the cache]"
+    )
 
 
 def _lines() -> Iterator[str]:
     """Lines the user types; a prompt sign only where somebody sees it."""
     stdin = typer.get_text_stream("stdin")
     while True:
-        if stdin.isatty():
+        if _is_terminal():
             typer.echo("> ", nl=False, err=True)
         line = stdin.readline()
         if not line:
             return
         if line.strip():
             yield line.strip()
+
+
+def _is_terminal() -> bool:
+    return typer.get_text_stream("stdin").isatty()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -100,22 +101,15 @@ def measure(llm: LLM, arms: list[Arm], sampling: SamplingParams) -> list[Compari
 
 
 def table(comparisons: list[Comparison]) -> Table:
-    found = Table(title="plain decoding against speculation")
-    for name in (
-        "arm",
-        "tokens/s",
-        "plain",
-        "speed-up",
-        "95 % interval",
-        "accept. length",
-        "same tokens",
-    ):
-        found.add_column(name, justify="left" if name == "arm" else "right")
+    found = Table(title="speculation against plain decoding", box=SIMPLE)
+    found.add_column("", no_wrap=True)
+    for name in ("tokens/s", "speed-up", "95 % interval", "acceptance length", "same tokens"):
+        found.add_column(name, justify="right")
+    found.add_row("plain decoding", f"{comparisons[0].tokens_per_second[0]:.0f}")
     for c in comparisons:
         found.add_row(
             c.arm.name,
             f"{c.tokens_per_second[1]:.0f}",
-            f"{c.tokens_per_second[0]:.0f}",
             f"{c.speedup.ratio:.2f}x",
             f"{c.speedup.low:.2f} to {c.speedup.high:.2f}",
             f"{c.acceptance_length:.2f}",

@@ -17,7 +17,7 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (OutriderError, ValueError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

@@ -1,15 +1,14 @@
 """Options that several commands share, and how their texts become settings."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
 from outrider.engine.llm import LLM
 from outrider.errors import RequestError
-from outrider.request import SamplingParams, SpeculationParams
+from outrider.request import SpeculationParams
 
 Model: TypeAlias = Annotated[
     str, typer.Argument(help='Hub id, folder, or "demo" (the shipped pair).', metavar="MODEL")
@@ -83,11 +82,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return prompt
     if file is None and prompt is None and typer.get_text_stream("stdin").isatty():
         raise RequestError("no prompt: give --prompt TEXT, --file PATH, or text on standard input")
-    return typer.get_text_stream("stdin").read()
-
-
-def describe(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
-
-
-__all__ = ["SamplingParams", "load", "read_prompt", "read_speculation"]
+    try:
+        return typer.get_text_stream("stdin").read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: {error}") from None

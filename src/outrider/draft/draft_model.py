@@ -14,6 +14,7 @@ from torch import Tensor
 
 from outrider.cache.table import BlockManager, BlockTable
 from outrider.draft.base import Snapshot, Warmth
+from outrider.errors import RequestError
 from outrider.models.runner import Piece, Runner
 from outrider.sampling.rng import PositionStream, RootStream, Stream
 from outrider.sequence import Sequence
@@ -27,8 +28,8 @@ class DraftState:
     """KV of one sequence in the draft model's pool.
 
     Attributes:
-        num_cached: leading tokens of the log whose draft KV is right.
-        num_run: positions run in the last draft, from `num_cached` on.
+        num_cached: leading tokens of the log whose draft KV is right; while drafting, those of
+            the draft too.
     """
 
     table: BlockTable
@@ -62,7 +63,7 @@ class ModelDrafter:
     Args:
         runner: the draft model; `manager` hands out the blocks of its pool.
         vocab_size: of the target. Where the two (padded) vocabularies differ in size, the draft's
-            logits are cut or padded with -inf.
+            logits are cut or padded with -inf, and it reads ids beyond its own as its last one.
     """
 
     name = "draft_model"
@@ -111,7 +112,7 @@ class ModelDrafter:
         return Snapshot(drafter=self.name, num_tokens=state.num_cached, state=layers)
 
     def restore(self, seq: Sequence, snapshot: Snapshot) -> int:
-        """Returns 0, and starts cold, where the pool has no room for the snapshot."""
+        """Starts with no more than a cached prefix where the pool has no room for the snapshot."""
         self.close(seq)
         num_tokens = min(snapshot.num_tokens, len(seq.tokens) - 1)
         state = self._open_state(seq)
@@ -154,11 +155,13 @@ class ModelDrafter:
                 if budget < 1:
                     break
             self._run(behind[: len(pieces)], pieces)
-            behind = [course for course in behind if not course.tokens]
+            behind = [course for course in behind if not course.tokens and not course.is_done]
 
     def _catch_up(self, course: Course, budget: int) -> Piece:
         seq, state = course.seq, course.state
-        chain = seq.tokens[state.num_cached : state.num_cached + budget]
+        last_id = self.runner.network.spec.vocab_size - 1
+        log = seq.tokens[state.num_cached : state.num_cached + budget]
+        chain = [min(token, last_id) for token in log]
         reaches_end = state.num_cached + len(chain) == len(seq.tokens)
         return Piece(state.table, state.num_cached, chain, EMPTY_TREE, reaches_end)
 
@@ -187,9 +190,11 @@ class ModelDrafter:
                 course.tokens.append(token)
                 course.laws.append(None)
                 return
-        mask_V = seq.grammar.mask(course.tokens) if seq.grammar is not None else None
-        logits_V = fit(output.logits_NV[row], self.vocab_size)
-        log_q_V = seq.shaper.log_law(logits_V, seq.tokens, course.tokens, mask_V)
+        try:
+            log_q_V = self._log_law(course, output.logits_NV[row])
+        except RequestError:
+            course.depth = len(course.tokens)  # nothing to propose; the target's own law decides
+            return
         if course.stream is None:
             course.tokens.append(int(log_q_V.argmax()))
             course.laws.append(None)
@@ -198,6 +203,13 @@ class ModelDrafter:
         course.tokens.append(course.stream.pick(q_V))
         is_recorded = seq.speculation.draft_sample_method == "probabilistic"
         course.laws.append(q_V if is_recorded else None)
+
+    def _log_law(self, course: Course, logits_V: Tensor) -> Tensor:
+        seq = course.seq
+        mask_V = seq.grammar.mask(course.tokens) if seq.grammar is not None else None
+        logits_V = fit(logits_V, self.vocab_size)
+        log_q_V: Tensor = seq.shaper.log_law(logits_V, seq.tokens, course.tokens, mask_V)
+        return log_q_V
 
     def _tree(self, course: Course | None) -> DraftTree:
         if course is None:

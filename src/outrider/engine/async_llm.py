@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -14,6 +15,8 @@ from outrider.request import SamplingParams, StreamParams
 from outrider.stream.events import Committed, Event
 
 _Queue: TypeAlias = asyncio.Queue[Event | EngineError]
+CLOSED = "the engine is closed: make a new AsyncLLM"
+logger = logging.getLogger(__name__)
 
 
 class AsyncLLM:
@@ -29,7 +32,7 @@ class AsyncLLM:
         self._loop_task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._ids = itertools.count()
-        self._is_closed = False
+        self._refusal = ""  # why nothing is served any more
 
     async def generate(
         self,
@@ -47,8 +50,8 @@ class AsyncLLM:
         Raises:
             RequestError: it cannot be served as asked. EngineError: the engine broke down.
         """
-        if self._is_closed:
-            raise EngineError("the engine is closed: make a new AsyncLLM")
+        if self._refusal:
+            raise EngineError(self._refusal)
         sampling = sampling or SamplingParams()
         request = make_request(
             request_id or f"request-{next(self._ids)}",
@@ -63,10 +66,9 @@ class AsyncLLM:
         if request.id in self._queues:
             raise RequestError(f"request id {request.id!r} is in use: choose another")
         queue = self._queues[request.id] = _Queue()
-        num_open = 0
+        num_open = sampling.n
         try:
             await self._in_worker(self._llm.engine.add, request)
-            num_open = sampling.n
             self._start()
             while num_open:
                 event = await queue.get()
@@ -76,27 +78,28 @@ class AsyncLLM:
                 yield event
         finally:
             self._queues.pop(request.id, None)
-            if num_open and not self._is_closed:
+            if num_open and not self._refusal:
                 await self._in_worker(self._llm.engine.abort, request.id)
-                self._wake.set()
+                self._start()
 
     async def aclose(self) -> None:
         """Stops serving; requests in flight get an EngineError."""
-        self._is_closed = True
+        self._refusal = self._refusal or CLOSED
         self._wake.set()
-        if self._loop_task is not None:
+        if self._loop_task is not None and not self._loop_task.done():
             await self._loop_task
-        self._tell_all(EngineError("the engine was closed while the request was running"))
+        await self._lose_all("the engine was closed")
         self._worker.shutdown()
 
     def _start(self) -> None:
         if self._loop_task is None or self._loop_task.done():
+            self._wake = asyncio.Event()  # belongs to the running loop, as the task does
             self._loop_task = asyncio.create_task(self._run())
         self._wake.set()
 
     async def _run(self) -> None:
         """Steps while there is work, sleeps while there is none."""
-        while not self._is_closed:
+        while not self._refusal:
             if not self._llm.engine.has_work():
                 self._wake.clear()
                 await self._wake.wait()
@@ -104,18 +107,22 @@ class AsyncLLM:
             try:
                 events = await self._in_worker(self._llm.engine.step)
             except Exception as error:
-                lost = ", ".join(self._queues) or "none"
-                self._tell_all(EngineError(f"the engine failed ({error!r}); lost requests: {lost}"))
-                self._is_closed = True
-                raise
+                logger.exception("the engine failed")
+                self._refusal = f"the engine failed ({error!r}): make a new AsyncLLM"
+                await self._lose_all(f"the engine failed ({error!r})")
+                return
             for event in events:
                 queue = self._queues.get(event.request_id)
                 if queue is not None:
                     queue.put_nowait(event)
 
-    def _tell_all(self, error: EngineError) -> None:
-        for queue in self._queues.values():
-            queue.put_nowait(error)
+    async def _lose_all(self, reason: str) -> None:
+        """Every open request ends with an EngineError, and leaves nothing in the engine."""
+        lost = dict(self._queues)
+        for queue in lost.values():
+            queue.put_nowait(EngineError(f"{reason}; lost requests: {', '.join(lost)}"))
+        for request_id in lost:
+            await self._in_worker(self._llm.engine.abort, request_id)
 
     async def _in_worker(self, call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping, Sequence as Items
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
-from outrider.draft.base import Drafter
+from outrider.draft.base import Drafter, Warmth
 from outrider.draft.draft_model import ModelDrafter
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
-from outrider.errors import ConfigError, ModelError, PairError, TokenizerError
+from outrider.errors import ConfigError, PairError, RequestError, TokenizerError
 from outrider.models.base import ModelSpec, Network
 from outrider.models.hub import resolve
 from outrider.models.network import load_network
@@ -39,7 +38,7 @@ class LoadConfig:
         drafters: further drafters by registered name; None is all that need nothing but tokens.
         dtype: "auto" (the checkpoint's on a GPU, float32 on the CPU) or a torch dtype's name.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
-        revision: of a hub id; also tried for nothing else.
+        revision: of the model's hub id; a draft model of another name is taken as it is now.
         network: "auto" (the lean decoder where it knows the family, else the adapter), "lean",
             or "adapter".
         batch_invariant: rows bitwise independent of their company, where kernels exist for it
@@ -71,7 +70,7 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     """
     config = EngineConfig.from_dict(options)
     draft_name = _draft_name(load)
-    target = _load(load, load.model, load.revision)
+    target = _load(load, load.model)
     tokenizer = _tokenizer(load.model, load) if load.load_tokenizer else None
     max_model_len = config.model_len(target.spec)
     runner, manager = _with_pool(target, config, max_model_len)
@@ -92,11 +91,15 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
 
 
 def speculation_params(values: str | Mapping[str, Any] | SpeculationParams) -> SpeculationParams:
-    """From "off", a method's name, JSON-like keys, or the thing itself."""
+    """From "off", a method's name, JSON-like keys, or the thing itself; RequestError if wrong."""
     if isinstance(values, SpeculationParams):
         return values
     if isinstance(values, str):
         return SpeculationParams(method=values)
+    if not isinstance(values, Mapping):
+        raise RequestError(
+            f'speculation={values!r}: give "off", a method, or keys like {{"num_draft_tokens": 4}}'
+        )
     return SpeculationParams.from_dict(values)
 
 
@@ -108,13 +111,13 @@ def _draft_name(load: LoadConfig) -> str:
     return load.draft_model
 
 
-def _load(load: LoadConfig, name: str, revision: str | None) -> Network:
+def _load(load: LoadConfig, name: str) -> Network:
     return load_network(
         name,
         ops=TorchOps(batch_invariant=load.batch_invariant),
         dtype=load.dtype,
         device=_device(load.device),
-        revision=revision,
+        revision=_revision(load, name),
         network=load.network,
         trust_remote_code=load.trust_remote_code,
     )
@@ -129,8 +132,11 @@ def _device(name: str) -> str:
 
 
 def _tokenizer(name: str, load: LoadConfig) -> Tokenizer:
-    folder: Path = resolve(name, load.revision if name == load.model else None)
-    return load_tokenizer(folder)
+    return load_tokenizer(resolve(name, _revision(load, name)))
+
+
+def _revision(load: LoadConfig, name: str) -> str | None:
+    return load.revision if name == load.model else None
 
 
 def _with_pool(
@@ -145,7 +151,7 @@ def _with_pool(
 
 def _token_drafters(load: LoadConfig) -> Items[str]:
     if load.drafters is None:
-        return [part.name for part in DRAFTERS if part.name != MODEL_DRAFTER]
+        return [name for name in DRAFTERS.names() if DRAFTERS.load(name).warmth is Warmth.R0]
     if MODEL_DRAFTER in load.drafters:
         raise ConfigError("drafters: 'draft_model' comes with draft_model=..., do not list it")
     return load.drafters
@@ -163,7 +169,7 @@ def _model_drafter(
     tokenizer: Tokenizer | None,
     config: EngineConfig,
 ) -> ModelDrafter:
-    network = _load(load, name, None)
+    network = _load(load, name)
     _check_pair(load, name, target, network.spec, tokenizer)
     max_model_len = min(config.model_len(target), network.spec.max_positions)
     runner, manager = _with_pool(network, config, max_model_len)
@@ -196,6 +202,3 @@ def _grammars(tokenizer: Tokenizer | None, spec: ModelSpec) -> GrammarCompiler |
     if tokenizer is None:
         return None
     return GrammarCompiler(tokenizer.backend, spec.vocab_size, spec.eos_token_ids)
-
-
-__all__ = ["DEMO", "DEMO_DRAFT", "LoadConfig", "ModelError", "build", "speculation_params"]

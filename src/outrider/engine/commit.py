@@ -63,6 +63,7 @@ class Committer:
             self.manager.commit(seq.table, seq.tokens, seq.num_cached)
             return Commit(seq=seq)
         if verdict.error:
+            self._settle(seq, len(seq.tokens), ())
             return self._fail(seq, verdict.error)
         path = (*(tree.tokens[node] for node in verdict.accepted), verdict.token)
         cut = self._cut(seq, path)

@@ -42,15 +42,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            _positive(name, getattr(self, name))
+            _at_least(1, name, getattr(self, name))
         for name in ("max_model_len", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        if self.long_prefill_token_threshold < 0:
-            raise ConfigError(
-                f"long_prefill_token_threshold={self.long_prefill_token_threshold}: must be >= 0 "
-                "(0 is no limit)"
-            )
+                _at_least(1, name, getattr(self, name))
+        _at_least(0, "long_prefill_token_threshold", self.long_prefill_token_threshold)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least "
@@ -101,6 +97,6 @@ class EngineConfig:
         return CPU_KV_BYTES
 
 
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r}: must be an integer >= 1")
+def _at_least(least: int, name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}: must be an integer >= {least}")

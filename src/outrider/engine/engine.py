@@ -153,7 +153,7 @@ class Engine:
         sampling = request.sampling
         self._num_arrived += 1
         return Sequence(
-            id=f"{request.id}#{index}" if sampling.n > 1 else request.id,
+            id=f"{request.id}#{index}",
             request=request,
             index=index,
             tokens=list(request.prompt_token_ids),

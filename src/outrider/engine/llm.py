@@ -2,21 +2,23 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence as Items
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
 from typing import Any
 
 from outrider.engine.build import LoadConfig, build, speculation_params
 from outrider.engine.outputs import Completion, RequestOutput
-from outrider.engine.prompts import Message, Prompt, make_request
+from outrider.engine.prompts import Message, Prompt, make_request, short
+from outrider.engine.resolve import resolve
 from outrider.errors import RequestError
-from outrider.request import SamplingParams, SpeculationParams, StreamParams
+from outrider.request import Request, SamplingParams, SpeculationParams, StreamParams
 from outrider.stream.events import Committed, Event
 
 Speculation = str | Mapping[str, Any] | SpeculationParams
 
 
 class LLM:
-    """A target model, its drafters, and an engine that serves them.
+    """A target model, its drafters, and an engine that serves them; for one thread.
 
     Args:
         model: a hub id, a folder, or "demo" (the shipped pair).
@@ -24,12 +26,13 @@ class LLM:
             unless they say otherwise. "demo" brings its own; "off" declines it.
         speculation: default for requests that bring no `SpeculationParams`: "off", a method's
             name, or its keys.
-        dtype, device, revision, network, batch_invariant, trust_remote_code, drafters: see
-            `outrider.engine.build.LoadConfig`.
+        dtype, device, revision, network, batch_invariant, trust_remote_code, load_tokenizer,
+            drafters: see `outrider.engine.build.LoadConfig`.
         options: fields of `outrider.engine.config.EngineConfig` (max_num_seqs, block_size ...).
 
     Raises:
         ConfigError, ModelError: with the value at fault and what to do.
+        RequestError: `speculation` asks for what is not here.
     """
 
     def __init__(
@@ -45,22 +48,26 @@ class LLM:
         network: str = "auto",
         batch_invariant: bool = True,
         trust_remote_code: bool = False,
+        load_tokenizer: bool = True,
         **options: Any,
     ) -> None:
         load = LoadConfig(
             model=str(model),
             draft_model=None if draft_model is None else str(draft_model),
-            drafters=None if drafters is None else tuple(drafters),
+            drafters=None if drafters is None else _names(drafters),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             revision=revision,
             network=network,
             batch_invariant=batch_invariant,
             trust_remote_code=trust_remote_code,
+            load_tokenizer=load_tokenizer,
         )
-        self.speculation = speculation_params(speculation or {})
+        self.speculation = speculation_params({} if speculation is None else speculation)
         self.engine, self.tokenizer = build(load, options)
+        self._check_speculation()
         self._ids = itertools.count()
+        self._inboxes: dict[str, deque[Event]] = {}
 
     def generate(
         self,
@@ -79,7 +86,8 @@ class LLM:
             priority: smaller runs first. tenant: shares no prefix cache with others.
 
         Raises:
-            RequestError: a prompt or setting cannot be served; then nothing is generated.
+            RequestError, PairError: a prompt or setting cannot be served; then nothing is
+                generated.
         """
         many = _as_list(prompts)
         outputs: dict[str, RequestOutput] = {}
@@ -119,7 +127,8 @@ class LLM:
     ) -> Iterator[Event]:
         """Events as they happen, for all prompts together.
 
-        A caller that stops early aborts what is left.
+        Work begins when the first event is asked for; a caller that stops early aborts what is
+        left. Streams of one engine may be read in turns.
 
         Args:
             outputs: filled with an empty `RequestOutput` per request id before the first event.
@@ -144,35 +153,53 @@ class LLM:
             )
             for prompt, params, spec in per_prompt
         ]
-        self._add_all(requests)
-        if outputs is not None:
-            for request in requests:
-                outputs[request.id] = _empty_output(request)
-        return self._events({request.id for request in requests})
-
-    def _add_all(self, requests: list[Any]) -> None:
-        """All of them or none."""
-        for count, request in enumerate(requests):
-            try:
-                self.engine.add(request)
-            except RequestError:
-                for added in requests[:count]:
-                    self.engine.abort(added.id)
-                self.engine.step()
-                raise
-
-    def _events(self, request_ids: set[str]) -> Iterator[Event]:
         try:
-            while self.engine.has_work():
-                yield from self.engine.step()
+            yield from self._serve(requests, {} if outputs is None else outputs)
         finally:
-            for request_id in request_ids:
-                self.engine.abort(request_id)
-            if self.engine.has_work():
-                self.engine.step()
+            self._dismiss(requests)
+
+    def _serve(self, requests: list[Request], outputs: dict[str, RequestOutput]) -> Iterator[Event]:
+        inbox: deque[Event] = deque()
+        for request in requests:
+            self.engine.add(request)
+            self._inboxes[request.id] = inbox
+            outputs[request.id] = _empty_output(request)
+        num_open = sum(request.sampling.n for request in requests)
+        while num_open:
+            while not inbox:
+                assert self.engine.has_work(), "requests are open, but none of them runs"
+                self._step()
+            event = inbox.popleft()
+            num_open -= isinstance(event, Committed) and event.finish_reason is not None
+            yield event
+
+    def _step(self) -> None:
+        """One step for everybody; each stream finds its events in its inbox."""
+        for event in self.engine.step():
+            if event.request_id in self._inboxes:
+                self._inboxes[event.request_id].append(event)
+
+    def _dismiss(self, requests: list[Request]) -> None:
+        """Nobody listens any more: what still runs is aborted."""
+        for request in requests:
+            self.engine.abort(request.id)
+            self._inboxes.pop(request.id, None)
+        if self.engine.has_work():
+            self._step()
+
+    def _check_speculation(self) -> None:
+        """The default is refused at once where no request could be served with it."""
+        engine = self.engine
+        resolve(
+            self.speculation,
+            SamplingParams(),
+            engine.drafters,
+            engine.default_drafter,
+            engine.draft_model,
+        )
 
 
-def _empty_output(request: Any) -> RequestOutput:
+def _empty_output(request: Request) -> RequestOutput:
     return RequestOutput(
         request_id=request.id,
         prompt_token_ids=list(request.prompt_token_ids),
@@ -180,10 +207,16 @@ def _empty_output(request: Any) -> RequestOutput:
     )
 
 
+def _names(drafters: Items[str]) -> tuple[str, ...]:
+    return (drafters,) if isinstance(drafters, str) else tuple(drafters)
+
+
 def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
     """A list of prompts, also when one prompt was given."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts={short(prompts)}: give one prompt or a list of them")
     items: list[Any] = list(prompts)
     if not items:
         raise RequestError("no prompt was given: pass at least one")

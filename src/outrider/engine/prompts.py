@@ -1,7 +1,7 @@
 """Prompts as users give them (text, token ids, chat messages) into requests."""
 
 import secrets
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Iterable, Mapping, Sequence as Items
 from typing import Any, TypeAlias
 
 from outrider.errors import RequestError
@@ -18,14 +18,14 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[int, ...]:
         if not prompt:
             raise RequestError("the prompt is empty: give some text")
         return tuple(_needed(tokenizer, "a text prompt").encode(prompt))
-    items = list(prompt)
+    items = list(prompt) if isinstance(prompt, Iterable) else []
     if items and all(isinstance(item, Mapping) for item in items):
         chat = _needed(tokenizer, "a chat prompt")
         return tuple(chat.apply_chat_template([dict(m) for m in items if isinstance(m, Mapping)]))
     ids = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
     if not items or len(ids) < len(items):
         raise RequestError(
-            f"prompt={_short(prompt)}: give a text, token ids, or messages like "
+            f"prompt={short(prompt)}: give a text, token ids, or messages like "
             '{"role": "user", "content": "..."}'
         )
     return tuple(ids)
@@ -43,6 +43,8 @@ def make_request(
     tenant: str = "",
 ) -> Request:
     """A request whose seed is drawn here if none was given."""
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling={short(sampling)}: give SamplingParams(...)")
     return Request(
         id=request_id,
         prompt_token_ids=encode(prompt, tokenizer),
@@ -74,6 +76,7 @@ def _needed(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     return tokenizer
 
 
-def _short(value: object, limit: int = 60) -> str:
+def short(value: object, limit: int = 60) -> str:
+    """How a value is shown in a message, on one line."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -37,6 +37,7 @@ def resolve(
     _check_model(params, name, draft_model)
     _check_lookup(params, name)
     method = _sample_method(params, drafter, rule)
+    _check_kind(method, name, rule)
     if params.width > drafter.max_width:
         raise RequestError(
             f"width={params.width}: {name} draws at most {drafter.max_width} branches"
@@ -112,6 +113,20 @@ def _lookup(params: SpeculationParams) -> tuple[int, int]:
     if low is None:
         low = min(LOOKUP_MIN, high)
     return low, high
+
+
+def _check_kind(method: str, name: str, rule: Verifier) -> None:
+    """A rule is lossless only for the kinds of proposal it declares."""
+    if method == "probabilistic" and not rule.accepts.drawn:
+        kind = "tokens drawn from a law"
+    elif method != "probabilistic" and not rule.accepts.point_mass:
+        kind = "tokens picked without a law"
+    else:
+        return
+    raise PairError(
+        f"verifier={rule.name!r}: does not take {kind}, as {name} drafts them; "
+        f"use verifier={DEFAULT_VERIFIER!r}"
+    )
 
 
 def _sample_method(params: SpeculationParams, drafter: Drafter, rule: Verifier) -> str:

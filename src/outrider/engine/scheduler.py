@@ -17,8 +17,9 @@ from outrider.step import Batch, Row
 class Scheduler:
     """Continuous batching over a fixed number of KV blocks.
 
-    Smaller priority numbers first, then order of arrival. Drafts never cost anyone else KV: they
-    get blocks that are free, while committed tokens may preempt.
+    Smaller priority numbers first, then order of arrival; whoever runs moves on in every step.
+    Drafts never cost anyone else rows or KV: they get, for one step, what nobody wanted for
+    committed tokens. Those may preempt.
     """
 
     def __init__(self, config: EngineConfig, manager: BlockManager) -> None:
@@ -59,83 +60,74 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Rows for one step with KV blocks reserved for their tokens and draft nodes."""
+        for seq in self.running:
+            self.manager.truncate(seq.table, seq.num_cached)  # the room of drafts that are gone
         rows: list[Row] = []
         preempted: list[Sequence] = []
         budget = self.config.max_num_batched_tokens
-        for seq in list(self.running):
-            if budget < 1:
-                break
+        due = list(self.running)
+        for index, seq in enumerate(due):
             if seq.status is not Status.RUNNING:
                 continue  # preempted for one before it
-            scheduled = {row.seq.id for row in rows}
-            if not self._make_room(seq, min(self._wanted(seq), budget), scheduled, preempted):
-                continue
-            rows.append(self._row(seq, budget))
-            budget -= rows[-1].num_tokens + rows[-1].max_draft_nodes
+            num_later = len(due) - index - 1  # a row is left for each of them
+            num_tokens = min(self._limit(seq.num_uncached), budget - num_later)
+            if self._make_room(seq, num_tokens, preempted):
+                rows.append(Row(seq, num_tokens, 0))
+                budget -= num_tokens
         if not preempted:
-            self._admit(rows, budget)
-        return Batch(rows, preempted)
+            budget = self._admit(rows, budget)
+        return Batch(self._with_drafts(rows, budget), preempted)
 
-    def _admit(self, rows: list[Row], budget: int) -> None:
-        """Seats waiting sequences while rows, seats and blocks last."""
+    def _admit(self, rows: list[Row], budget: int) -> int:
+        """Seats waiting sequences while rows, seats and blocks last; returns the rows left."""
         while self._waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             seq = self._waiting[0][2]
             if not seq.is_finished:
                 if not self._open(seq, budget):
-                    return
+                    break
                 self._seat(seq)
-                rows.append(self._row(seq, budget))
-                budget -= rows[-1].num_tokens + rows[-1].max_draft_nodes
+                num_tokens = min(self._limit(seq.num_uncached), budget)
+                rows.append(Row(seq, num_tokens, 0))
+                budget -= num_tokens
             heapq.heappop(self._waiting)
+        return budget
 
     def _open(self, seq: Sequence, budget: int) -> bool:
         """Takes the cached prefix and room for a first chunk; no change if there is none."""
         tenant = seq.request.tenant
-        table, num_cached = self.manager.open(seq.tokens, tenant)
-        chunk = min(self._limit(len(seq.tokens) - num_cached), budget)
-        if not self.manager.reserve(table, num_cached + chunk):
-            self.manager.free(table)
+        num_cached = self.manager.match(seq.tokens, tenant)
+        end = num_cached + min(self._limit(len(seq.tokens) - num_cached), budget)
+        if not self.manager.can_open(seq.tokens, end, tenant):
             return False
-        seq.table, seq.num_cached = table, num_cached
+        seq.table, seq.num_cached = self.manager.open(seq.tokens, tenant)
+        self.manager.reserve(seq.table, end)
         if seq.num_preemptions == 0:
             seq.num_prefix_hits = num_cached
         return True
 
-    def _row(self, seq: Sequence, budget: int) -> Row:
-        num_tokens = min(self._wanted(seq), budget)
-        row = Row(seq, num_tokens, 0)
-        spec = seq.speculation
-        if not spec.drafter or not row.reaches_end:
-            return row
-        nodes = min(spec.num_draft_tokens * spec.width, budget - num_tokens)
-        end = seq.num_cached + num_tokens
-        free = self.manager.num_free + len(seq.table.blocks)
-        nodes = max(0, min(nodes, free * self.config.block_size - end))
-        if nodes and not self.manager.reserve(seq.table, end + nodes):
-            nodes = 0
-        return Row(seq, num_tokens, nodes)
+    def _with_drafts(self, rows: list[Row], budget: int) -> list[Row]:
+        """The rows with draft nodes, as far as budget and free blocks go."""
+        wider = []
+        for row in rows:
+            spec, table = row.seq.speculation, row.seq.table
+            end = row.seq.num_cached + row.num_tokens
+            room = (self.manager.num_free + len(table.blocks)) * self.config.block_size - end
+            wanted = spec.num_draft_tokens * spec.width if row.reaches_end else 0
+            nodes = min(wanted, budget, room)
+            self.manager.reserve(table, end + nodes)
+            wider.append(row._replace(max_draft_nodes=nodes))
+            budget -= nodes
+        return wider
 
-    def _make_room(
-        self, seq: Sequence, num_tokens: int, scheduled: set[str], preempted: list[Sequence]
-    ) -> bool:
+    def _make_room(self, seq: Sequence, num_tokens: int, preempted: list[Sequence]) -> bool:
         """Reserves blocks for committed tokens, taking them from the last in rank if it must."""
         while not self.manager.reserve(seq.table, seq.num_cached + num_tokens):
-            if self._take_back_draft_room(scheduled):
-                continue
-            victim = max((s for s in self.running if s.id not in scheduled), key=_rank)
+            victim = self.running[-1]  # not yet scheduled: rows are handed out in order of rank
             self._preempt(victim)
             preempted.append(victim)
             if victim is seq:
                 return False
         return True
-
-    def _take_back_draft_room(self, scheduled: set[str]) -> bool:
-        """Blocks that others keep for drafts to come go first; whether there were any."""
-        num_free = self.manager.num_free
-        for seq in self.running:
-            if seq.id not in scheduled:
-                self.manager.truncate(seq.table, seq.num_cached)
-        return self.manager.num_free > num_free
 
     def _preempt(self, seq: Sequence) -> None:
         """Recompute later: KV is given up, the token log is all that is needed."""
@@ -148,9 +140,6 @@ class Scheduler:
         seq.status = Status.RUNNING
         self.running.append(seq)
         self.running.sort(key=_rank)
-
-    def _wanted(self, seq: Sequence) -> int:
-        return self._limit(seq.num_uncached)
 
     def _limit(self, num_tokens: int) -> int:
         threshold = self.config.long_prefill_token_threshold

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from outrider.step import Batch, Commit
+from outrider.step import Batch, Commit, Row
 
 
 @dataclass
@@ -11,7 +11,8 @@ class EngineStats:
 
     Attributes:
         num_steps: target passes; num_rows: rows (tokens and draft nodes) in them.
-        num_prompt_tokens: tokens run as prompt or recomputed; num_generated_tokens: emitted.
+        num_prompt_tokens: tokens run as prompt or recomputed, prefix hits left out.
+        num_generated_tokens: emitted.
         num_drafts, num_draft_tokens, num_accepted_tokens: trees, their nodes, accepted nodes.
     """
 
@@ -30,9 +31,14 @@ class EngineStats:
         self.num_preemptions += len(batch.preempted)
         for row, commit in zip(batch.rows, commits, strict=True):
             self.num_rows += row.num_tokens + commit.num_drafted
-            self.num_prompt_tokens += row.num_tokens - 1 if commit.tokens else row.num_tokens
+            self.num_prompt_tokens += row.num_tokens - _is_decoded(row, commit)
             self.num_generated_tokens += len(commit.tokens)
             self.num_drafts += commit.num_drafted > 0
             self.num_draft_tokens += commit.num_drafted
             self.num_accepted_tokens += commit.num_accepted
             self.num_finished += commit.finish_reason is not None
+
+
+def _is_decoded(row: Row, commit: Commit) -> bool:
+    """Whether the row's last token was generated, and run for the first time."""
+    return 0 < len(commit.tokens) < row.seq.num_generated

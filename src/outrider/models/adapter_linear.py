@@ -52,7 +52,7 @@ def experts(module: Any, hidden_NI: Tensor, index_Nk: Tensor, weights_Nk: Tensor
             continue  # a router's way to say "no expert"
         rows, choice = torch.where(index_Nk == expert)
         y = downs[expert](activate(ups[expert](hidden_NI[rows])))
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
         y = y * weights_Nk[rows, choice, None]
         out_NI.index_add_(0, rows, y.to(out_NI.dtype))
@@ -111,7 +111,7 @@ def _is_lookup(module: nn.Module) -> bool:
 
 def _is_experts(module: nn.Module) -> bool:
     """Whether the class went through `use_experts_implementation`."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm")
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def _pack_experts(module: nn.Module, ops: Ops) -> tuple[list[Linear], list[Linear]]:

@@ -80,19 +80,21 @@ CANDIDATES: dict[str, Maker] = {
 
 def invariant(weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
     """A linear layer (float32, CPU) whose rows are bitwise independent of their company."""
-    name = chosen(*weight_OI.shape, torch.get_num_threads())
+    name = chosen(*weight_OI.shape, bias_O is not None, torch.get_num_threads())
     return CANDIDATES[name](weight_OI, bias_O)
 
 
 @functools.cache
-def chosen(num_outputs: int, num_inputs: int, num_threads: int) -> str:
+def chosen(num_outputs: int, num_inputs: int, has_bias: bool, num_threads: int) -> str:
     """Name of the first candidate that passes the probe for this shape and thread count."""
     generator = torch.Generator().manual_seed(num_outputs * 31 + num_inputs)
     weight_OI = torch.randn(num_outputs, num_inputs, generator=generator)
+    bias_O = torch.randn(num_outputs, generator=generator) if has_bias else None
     x_NI = torch.randn(max(PROBED_ROWS), num_inputs, generator=generator)
+    expected_NO = F.linear(x_NI, weight_OI, bias_O)
     for name, make in CANDIDATES.items():
         try:
-            if is_invariant(make(weight_OI, None), x_NI, F.linear(x_NI, weight_OI)):
+            if is_invariant(make(weight_OI, bias_O), x_NI, expected_NO):
                 return name
         except (RuntimeError, AttributeError, NotImplementedError):
             continue  # this build of torch has no such kernel

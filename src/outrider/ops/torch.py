@@ -114,7 +114,7 @@ class TorchOps:
         shape = (*query_NHD.shape[:2], kv.values.shape[-1])
         if len(groups) == 1 and groups[0].is_whole_pass:
             out = _attend(query_NHD, kv, groups[0], scale, window, softcap, sinks_H)
-            return out.reshape(shape)
+            return out.reshape(shape).contiguous()
         out_NHE = query_NHD.new_empty(shape)
         for group in groups:
             out_MHE = _attend(query_NHD, kv, group, scale, window, softcap, sinks_H).flatten(0, 1)

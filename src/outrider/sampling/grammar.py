@@ -167,7 +167,7 @@ class GrammarState:
         """Steps the matcher took for the token: none after the end of sequence; None: forbidden."""
         if self._matcher.is_terminated():
             return 0 if self._ends_V[token] else None
-        return 1 if self._matcher.accept_token(token) else None
+        return 1 if self._usable_V[token] and self._matcher.accept_token(token) else None
 
     def _next_tokens(self) -> Tensor | None:
         words = torch.full(((len(self._ends_V) + 31) // 32,), -1, dtype=torch.int32)

@@ -89,11 +89,13 @@ def keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
     if top_p == 1.0:
         return logits_V
     law_V = logits_V.double().softmax(dim=0)
-    # Tokens below (1 - top_p) / V weigh less than 1 - top_p together: none of them is needed.
-    candidates_C = (law_V >= (1.0 - top_p) / len(law_V)).nonzero().squeeze(1)
-    law_C, order_C = law_V[candidates_C].sort(descending=True, stable=True)
-    num_kept = int((law_C.cumsum(dim=0)[:-1] < top_p).sum()) + 1
-    return _keep_only(logits_V, candidates_C[order_C[:num_kept]])
+    # Tokens below (1 - top_p) / V weigh less than 1 - top_p together: only the others are sorted.
+    floor = min((1.0 - top_p) / len(law_V), float(law_V.max()))
+    candidates_C = (law_V >= floor).nonzero().squeeze(1)
+    order_C = logits_V[candidates_C].sort(descending=True, stable=True).indices
+    ranked_C = candidates_C[order_C]
+    num_kept = int((law_V[ranked_C].cumsum(dim=0)[:-1] < top_p).sum()) + 1
+    return _keep_only(logits_V, ranked_C[:num_kept])
 
 
 def _ends_with(tokens: Sequence[int], end: Sequence[int]) -> bool:

@@ -20,7 +20,8 @@ class Detokenizer:
     """Text of one completion. `take` hands out what is new and can no longer change.
 
     A window of ids that begins at a settled character boundary is decoded anew with each
-    addition, since a token's text depends on its neighbours; it moves on when the end is whole.
+    token, since its text depends on its neighbours; it moves on when the end is whole. Tokens
+    enter one by one, so that the text never depends on how many a step has committed.
 
     Args:
         stop: texts that end the output; text that may turn out to begin one is held back.
@@ -49,19 +50,14 @@ class Detokenizer:
 
     def add(self, tokens: tuple[int, ...], *, may_stop: bool = True) -> Stop | None:
         """Adds tokens; stops after the first that completes a stop text and forgets the rest."""
-        before = (len(self.text), list(self._window), self._num_settled)
-        self._push(list(tokens))
-        if not may_stop or not self._stop or self._find(before[0]) is None:
-            return None
-        self.text, self._window, self._num_settled = self.text[: before[0]], before[1], before[2]
         for count, token in enumerate(tokens, start=1):
             start = len(self.text)
-            self._push([token])
-            found = self._find(start)
+            self._push(token)
+            found = self._find(start) if may_stop else None
             if found is not None:
                 self._cut(*found)
                 return Stop(found[1], count)
-        raise AssertionError("a stop text was found in all tokens together, but not in turn")
+        return None
 
     def take(self, *, is_last: bool = False) -> str:
         """New text since the last call; with `is_last` all that is left, incomplete ends too."""
@@ -73,12 +69,13 @@ class Detokenizer:
         return new
 
     def peek(self, tokens: tuple[int, ...]) -> str:
-        """The text these tokens would add, nothing being changed."""
+        """What would follow the text taken so far after these tokens; nothing is changed."""
         settled = self._decode(self._window[: self._num_settled])
-        return self._decode([*self._window, *tokens])[len(settled) :]
+        added = self._decode([*self._window, *tokens])[len(settled) :]
+        return self.text[self._num_taken :] + added
 
-    def _push(self, tokens: list[int]) -> None:
-        self._window += tokens
+    def _push(self, token: int) -> None:
+        self._window.append(token)
         settled = self._decode(self._window[: self._num_settled])
         whole = self._decode(self._window)
         if len(whole) > len(settled) and not whole.endswith("\ufffd"):

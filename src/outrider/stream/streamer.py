@@ -131,8 +131,15 @@ class Streamer:
             stop=sampling.stop,
             keeps_stop=sampling.include_stop_str_in_output,
             skip_special_tokens=sampling.skip_special_tokens,
-            context=tuple(seq.tokens[: seq.num_prompt][-NUM_CONTEXT_TOKENS:]),
+            context=_context(self._tokenizer, seq.tokens[: seq.num_prompt]),
         )
+
+
+def _context(tokenizer: Decoder, prompt: list[int]) -> tuple[int, ...]:
+    """The prompt's last tokens, from a whole character on: half of one may spoil its neighbours."""
+    tails = [prompt[-size:] for size in range(NUM_CONTEXT_TOKENS, NUM_CONTEXT_TOKENS + 4)]
+    whole = (tail for tail in tails if not tokenizer.decode(tail).startswith("\ufffd"))
+    return tuple(next(whole, tails[0]))
 
 
 def _logprobs(commit: Commit) -> tuple[TokenLogprob, ...]:

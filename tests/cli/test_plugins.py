@@ -1,0 +1,35 @@
+"""`outrider plugins`: what is there, for people and for programs."""
+
+import json
+
+from outrider.registry import DRAFTERS, VERIFIERS
+
+
+def test_json_has_exactly_these_keys(call):
+    found = json.loads(call("plugins", "--json").stdout)
+    assert set(found) == {"drafters", "verifiers"}
+    for part in found["drafters"]:
+        assert set(part) == {"name", "needs", "warmth", "source"}
+        assert isinstance(part["needs"], list)
+        assert part["warmth"] in ("R0", "R1", "R2")
+    for part in found["verifiers"]:
+        assert set(part) == {"name", "exactness", "source"}
+        assert part["exactness"] in ("exact", "exact-greedy", "lossy")
+    assert [part["name"] for part in found["drafters"]] == DRAFTERS.names()
+    assert [part["name"] for part in found["verifiers"]] == VERIFIERS.names()
+    assert {"name": "ngram", "needs": [], "warmth": "R0", "source": "outrider"} in found["drafters"]
+    assert {"name": "greedy", "exactness": "exact-greedy", "source": "outrider"} in found[
+        "verifiers"
+    ]
+
+
+def test_the_list_names_all_of_them(call):
+    lines = call("plugins").stdout.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names == ["drafters", *DRAFTERS.names(), "verifiers", *VERIFIERS.names()]
+
+
+def test_a_strangers_part_is_listed_with_its_source(call, monkeypatch):
+    part = "outrider.draft.ngram:NgramDrafter"
+    monkeypatch.setitem(DRAFTERS._builtins, "theirs", part)
+    assert "theirs" in [p["name"] for p in json.loads(call("plugins", "--json").stdout)["drafters"]]

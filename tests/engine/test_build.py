@@ -1,0 +1,189 @@
+"""build: which draft model, drafters, tokenizer and KV an engine gets; which pairs it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from outrider import SpeculationParams, models
+from outrider.draft.base import Warmth
+from outrider.engine.build import LoadConfig, build, speculation_params
+from outrider.errors import ConfigError, ModelError, PairError, RequestError
+from outrider.registry import DRAFTERS
+from outrider.testing import ScriptedDrafter, junk
+from tests.engine.tiny_checkpoint import MAX_POSITIONS, VOCAB, write_checkpoint
+
+
+class Stranger(ScriptedDrafter):
+    """A plug-in that needs nothing but tokens."""
+
+    def __init__(self):
+        super().__init__(junk(VOCAB), name="stranger")
+
+
+class NeedsHiddenStates(Stranger):
+    """A plug-in that cannot be made without more."""
+
+    warmth = Warmth.R2
+
+    def __init__(self, model):
+        raise AssertionError("nobody asked for it")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("target")))
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("draft"), num_hidden_layers=1))
+
+
+def engine(model, options=None, **load):
+    return build(LoadConfig(model=model, **load), options or {})[0]
+
+
+def test_demo_brings_its_draft_model_unless_declined():
+    pair = engine("demo")
+    assert (pair.draft_model, pair.default_drafter) == ("demo-draft", "draft_model")
+    alone = engine("demo", draft_model="off")
+    assert (alone.draft_model, alone.default_drafter) == ("", "")
+    assert "draft_model" not in alone.drafters
+
+
+def test_other_models_bring_none(target, draft):
+    assert engine(target).draft_model == ""
+    assert engine(target, draft_model=draft).draft_model == draft
+    assert engine(target, draft_model="off").draft_model == ""
+
+
+def test_drafters_that_need_only_tokens_are_there_unasked(target, monkeypatch):
+    assert engine(target).drafters.names() == ["ngram"]
+    for kind in (Stranger, NeedsHiddenStates):
+        monkeypatch.setitem(DRAFTERS._builtins, kind.__name__, f"{__name__}:{kind.__name__}")
+    assert engine(target).drafters.names() == ["ngram", "stranger"]
+    assert engine(target, drafters=("Stranger",)).drafters.names() == ["stranger"]
+    assert engine(target, drafters=()).drafters.names() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("ngrm", "unknown drafter 'ngrm'; did you mean 'ngram'"), ("draft_model", "draft_model=...")],
+)
+def test_drafters_that_cannot_be_listed(target, name, match):
+    with pytest.raises(ConfigError, match=match):
+        engine(target, drafters=(name,))
+
+
+def test_options_reach_the_engine(target):
+    built = engine(target, {"max_num_seqs": 3, "block_size": 4, "max_model_len": 64})
+    assert built.config.max_num_seqs == 3
+    assert built.max_model_len == 64
+    assert built.manager.num_free == 3 * 64 // 4
+
+
+def test_kv_memory_counts_for_each_of_the_two_pools(target, draft):
+    options = {"block_size": 16, "max_num_seqs": 64}
+    one_sequence = 2 * 2 * 2 * 8 * MAX_POSITIONS * 4  # layers, K and V, kv heads, width, float32
+    built = engine(target, options | {"kv_cache_memory_bytes": 3 * one_sequence}, draft_model=draft)
+    assert built.manager.num_free == 3 * MAX_POSITIONS // 16
+    # The draft model has half the layers, so the same memory holds twice the blocks.
+    assert built.drafters["draft_model"].manager.num_free == 6 * MAX_POSITIONS // 16
+    with pytest.raises(ConfigError, match=f"kv_cache_memory_bytes={one_sequence - 1}"):
+        engine(target, options | {"kv_cache_memory_bytes": one_sequence - 1})
+
+
+def test_a_short_draft_model_serves_a_longer_target(target, tmp_path):
+    short = write_checkpoint(tmp_path, max_position_embeddings=32)
+    built = engine(target, draft_model=str(short))
+    assert built.max_model_len == MAX_POSITIONS
+    assert built.drafters["draft_model"].runner.network.spec.max_positions == 32
+
+
+def test_dtype_and_device_reach_both_models(target, draft):
+    built = engine(target, draft_model=draft, dtype="bfloat16", device="cpu")
+    drafter = built.drafters["draft_model"]
+    for runner in (built.runner, drafter.runner):
+        assert runner.network.spec.dtype == torch.bfloat16
+        assert runner.pool.layers[0].keys.dtype == torch.bfloat16
+
+
+def test_without_a_tokenizer_the_widths_must_agree(target, tmp_path):
+    wide = str(write_checkpoint(tmp_path, vocab_size=VOCAB + 20))
+    assert engine(target, draft_model=wide).draft_model == wide, "padding is no other vocabulary"
+    with pytest.raises(PairError, match=f"has {VOCAB + 20} tokens, .* has {VOCAB}"):
+        engine(target, draft_model=wide, load_tokenizer=False)
+
+
+def test_a_draft_model_without_a_tokenizer_is_taken_at_its_width(target, draft, tmp_path):
+    bare = write_checkpoint(tmp_path / "bare")
+    other = write_checkpoint(tmp_path / "other", vocab_size=VOCAB + 20)
+    for folder in (bare, other):
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    assert engine(target, draft_model=str(bare)).draft_model == str(bare)
+    with pytest.raises(PairError, match=r"does not share the vocabulary .* sizes differ"):
+        engine(target, draft_model=str(other))
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(target, tmp_path):
+    other = write_checkpoint(tmp_path, text="zyx wvu tsr qpo zyx wvu tsr qpo " * 3)
+    with pytest.raises(PairError, match=r"token '.*' is id \d+ here and .* there; use a draft"):
+        engine(target, draft_model=str(other))
+
+
+def test_a_grammar_needs_a_tokenizer(target):
+    assert engine(target).grammars is not None
+    assert engine(target, load_tokenizer=False).grammars is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_said_so(target):
+    with pytest.raises(ConfigError, match="device='cuda:1': torch sees no GPU; use device='cpu'"):
+        engine(target, device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("load", "match"),
+    [
+        ({"device": "toaster"}, "device 'toaster' cannot be used here"),
+        ({"dtype": "float31"}, "unknown dtype 'float31'; did you mean 'float32'"),
+        ({"network": "fat"}, "network='fat': must be one of auto, lean, adapter"),
+        ({"revision": "main"}, "revision 'main' is for models on the hub"),
+    ],
+)
+def test_how_to_load_is_checked(target, load, match):
+    with pytest.raises(ModelError, match=match):
+        engine(target, **load)
+
+
+def test_the_revision_is_of_the_model_alone(target, draft, monkeypatch):
+    asked = {}
+
+    def load_network(name, *, revision, **options):
+        asked[name] = revision
+        return models.network.load_network(name, **options)
+
+    monkeypatch.setattr("outrider.engine.build.load_network", load_network)
+    monkeypatch.setattr("outrider.engine.build.resolve", lambda name, revision: Path(name))
+    engine(target, draft_model=draft, revision="v1")
+    assert asked == {target: "v1", draft: None}
+
+
+def test_end_tokens_come_from_the_generation_config(target, tmp_path):
+    assert engine(target).spec.eos_token_ids == (0,)
+    folder = write_checkpoint(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3]}))
+    assert engine(str(folder)).spec.eos_token_ids == (0, 3)
+
+
+def test_speculation_from_a_name_keys_or_the_thing_itself():
+    params = SpeculationParams(method="ngram", num_draft_tokens=3)
+    assert speculation_params(params) is params
+    assert speculation_params("off").is_off
+    assert speculation_params({"method": "ngram", "num_speculative_tokens": 3}) == params
+    assert speculation_params({}) == SpeculationParams()
+    with pytest.raises(RequestError, match="num_draft_token'; did you mean 'num_draft_tokens'"):
+        speculation_params({"num_draft_token": 3})

@@ -1,0 +1,177 @@
+"""What a request asks of speculation: defaults, and refusals that name value and remedy."""
+
+import re
+
+import pytest
+
+from outrider.draft.drafters import Drafters
+from outrider.draft.ngram import NgramDrafter
+from outrider.engine import resolve as module
+from outrider.engine.resolve import resolve
+from outrider.errors import PairError, RequestError
+from outrider.request import SamplingParams, Speculation, SpeculationParams
+from outrider.testing import ScriptedDrafter, junk
+from outrider.verify.base import Accepts
+from outrider.verify.sampled import SampledVerifier
+
+GREEDY, HOT = SamplingParams(), SamplingParams(temperature=1.0)
+
+
+class Drawing(ScriptedDrafter):
+    """A drafter that can sample, chains only."""
+
+    draws = True
+    max_width = 1
+    default_draft_tokens = 6
+
+
+class NarrowDrawing(Drawing):
+    """As `Drawing`, with branches."""
+
+    max_width = 2
+
+
+def drafters():
+    return Drafters(
+        [
+            NgramDrafter(),
+            Drawing(junk(9), name="draft_model"),
+            NarrowDrawing(junk(9), name="branching"),
+        ]
+    )
+
+
+def ask(sampling=HOT, default="", available=None, **params):
+    return resolve(
+        SpeculationParams(**params), sampling, available or drafters(), default, "small-model"
+    )
+
+
+def test_nothing_asked_is_the_engines_default():
+    assert ask() == Speculation(verifier="sampled")
+    found = ask(default="draft_model")
+    assert (found.drafter, found.num_draft_tokens, found.width) == ("draft_model", 6, 1)
+
+
+@pytest.mark.parametrize("params", [{"method": "off"}, {"num_draft_tokens": 0}])
+def test_off_is_plain_decoding(params):
+    found = ask(default="draft_model", **params)
+    assert (found.drafter, found.num_draft_tokens) == ("", 0)
+
+
+def test_what_is_asked_is_kept():
+    found = ask(method="ngram", num_draft_tokens=3, width=4, prompt_lookup_min=3)
+    assert (found.drafter, found.num_draft_tokens, found.width) == ("ngram", 3, 4)
+    assert (found.prompt_lookup_min, found.prompt_lookup_max) == (3, 4)
+    assert found.draft_sample_method == "greedy"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bounds"),
+    [(None, None, (2, 4)), (6, None, (6, 6)), (None, 1, (1, 1)), (None, 9, (2, 9)), (1, 2, (1, 2))],
+)
+def test_one_bound_of_the_lookup_gives_way_to_the_other(low, high, bounds):
+    found = ask(method="ngram", prompt_lookup_min=low, prompt_lookup_max=high)
+    assert (found.prompt_lookup_min, found.prompt_lookup_max) == bounds
+
+
+@pytest.mark.parametrize(
+    ("verifier", "asked", "method"),
+    [
+        (None, None, "coupled"),
+        ("sampled", None, "coupled"),
+        ("rejection", None, "probabilistic"),
+        ("sampled", "probabilistic", "probabilistic"),
+        ("rejection", "greedy", "greedy"),
+    ],
+)
+def test_how_a_model_drafts_follows_from_the_rule(verifier, asked, method):
+    found = ask(method="draft_model", verifier=verifier, draft_sample_method=asked)
+    assert (found.verifier, found.draft_sample_method) == (verifier or "sampled", method)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "value", "remedy"),
+    [
+        ({"method": "draft_modle"}, RequestError, "'draft_modle'", "did you mean 'draft_model'"),
+        ({"verifier": "sample"}, RequestError, "'sample'", "did you mean 'sampled'"),
+        ({"verifier": "greedy"}, PairError, "verifier='greedy'", "use verifier='sampled'"),
+        ({"method": "draft_model", "width": 2}, RequestError, "width=2", "at most 1 branches"),
+        (
+            {"method": "ngram", "width": 3, "verifier": "rejection"},
+            PairError, "width=3", "use width=1 or verifier='sampled'",
+        ),
+        (
+            {"method": "draft_model", "verifier": "rejection", "draft_sample_method": "coupled"},
+            PairError, "draft_sample_method='coupled'", "needs verifier='sampled'",
+        ),
+        (
+            {"method": "ngram", "draft_sample_method": "probabilistic"},
+            RequestError, "draft_sample_method='probabilistic'", "drop it",
+        ),
+        ({"method": "ngram", "model": "small-model"}, RequestError, "'small-model'", "drop it"),
+        (
+            {"method": "draft_model", "model": "other"},
+            RequestError, "model='other'", "loaded with draft model 'small-model'",
+        ),
+        (
+            {"method": "draft_model", "prompt_lookup_max": 3},
+            RequestError, "prompt_lookup_max=3", "drop it",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals_name_value_and_remedy(params, error, value, remedy):
+    with pytest.raises(error) as caught:
+        ask(**params)
+    message = str(caught.value)
+    assert value in message
+    assert remedy in message
+    assert "\n" not in message
+
+
+def test_a_drafter_that_is_not_set_up_here():
+    few = Drafters([ScriptedDrafter(junk(9))])
+    with pytest.raises(RequestError, match=re.escape("give the engine draft_model=...")):
+        ask(available=few, method="draft_model")
+    with pytest.raises(RequestError, match=r"method='ngram'.*LLM\(drafters=\.\.\.\)"):
+        ask(available=few, method="ngram")
+
+
+def test_the_loaded_draft_model_may_be_insisted_on():
+    assert ask(method="draft_model", model="small-model").drafter == "draft_model"
+
+
+def test_the_greedy_rule_serves_greedy_requests():
+    assert ask(GREEDY, method="ngram", verifier="greedy").verifier == "greedy"
+
+
+@pytest.mark.parametrize(
+    ("accepts", "sample_method", "legal"),
+    [
+        ({"drawn": True, "point_mass": False}, "probabilistic", True),
+        ({"drawn": True, "point_mass": False}, "greedy", False),
+        ({"drawn": True, "point_mass": False}, "coupled", False),
+        ({"drawn": False, "point_mass": True}, "probabilistic", False),
+        ({"drawn": False, "point_mass": True}, "coupled", True),
+    ],
+)
+def test_a_rule_is_given_only_the_kinds_it_declares(monkeypatch, accepts, sample_method, legal):
+    """algorithms.md 1.2: an illegal pair is refused when the request comes."""
+
+    class Choosy(SampledVerifier):
+        name = "choosy"
+
+    Choosy.accepts = Accepts(branches=True, **accepts)
+    monkeypatch.setattr(module, "verifier", lambda name: Choosy())
+    params = {"method": "draft_model", "draft_sample_method": sample_method}
+    if legal:
+        assert ask(**params).draft_sample_method == sample_method
+    else:
+        with pytest.raises(PairError, match="verifier='choosy': does not take .*'sampled'"):
+            ask(**params)
+
+
+def test_branches_are_for_drafters_and_rules_that_take_them():
+    assert ask(method="branching", width=2).width == 2
+    with pytest.raises(RequestError, match="width=3: branching draws at most 2"):
+        ask(method="branching", width=3)
