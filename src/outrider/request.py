@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from operator import index
 from typing import Any, Self, TypeVar
 
 from outrider.errors import RequestError, unknown
@@ -261,9 +262,14 @@ def _check_sampling(p: SamplingParams) -> None:
     _require(len(kinds) <= 1, " and ".join(kinds), "...", "give at most one of them")
 
 
+def _token_id(key: object) -> int:
+    """JSON has texts for keys; a fraction is no token id."""
+    return int(key) if isinstance(key, str) else index(key)  # type: ignore[arg-type]
+
+
 def _check_bias(p: SamplingParams) -> None:
     try:
-        bias = {int(token): float(value) for token, value in dict(p.logit_bias).items()}
+        bias = {_token_id(token): float(value) for token, value in dict(p.logit_bias).items()}
     except (TypeError, ValueError):
         raise RequestError(
             f"logit_bias={p.logit_bias!r}: must map token ids to numbers, as in {{42: -5.0}}"

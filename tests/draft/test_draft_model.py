@@ -141,16 +141,16 @@ def test_kv_is_right_under_preemption_chunks_and_branches():
     assert engine.manager.num_used == drafter_of(engine).manager.num_used == 0
 
 
-def test_draft_kv_lags_by_the_last_draft_only_when_all_were_accepted():
-    engine = tiny_engine(draft_seed=0)
+@pytest.mark.parametrize(("draft_seed", "lag"), [(0, 2), (2, 1)], ids=["right", "wrong"])
+def test_the_last_draft_is_caught_up_with_only_when_all_were_accepted(draft_seed, lag):
+    """It was never run: the next draft begins with two tokens; otherwise with the bonus token."""
+    engine = tiny_engine(draft_seed=draft_seed)
     engine.add(request())
-    engine.step()
-    (seq,) = engine.scheduler.running
-    state = seq.drafter_state["draft_model"]
-    assert len(seq.tokens) == 9 + 5
-    assert state.num_cached == len(seq.tokens) - 2, "the last draft was never run"
-    engine.step()
-    assert state.num_cached == len(seq.tokens) - 2
+    for count in range(1, 3):
+        engine.step()
+        (seq,) = engine.scheduler.running
+        assert len(seq.tokens) == 9 + (5 if lag == 2 else 1) * count
+        assert seq.drafter_state["draft_model"].num_cached == len(seq.tokens) - lag
 
 
 @pytest.mark.parametrize("spec", [OFF, SpeculationParams(method="draft_model", num_draft_tokens=0)])
@@ -267,7 +267,7 @@ def test_a_pool_too_small_for_any_draft_means_plain_decoding():
 
 def test_a_drafter_of_a_shorter_context_stops_at_its_window():
     target = tiny_decoder()
-    draft = tiny_decoder(max_position_embeddings=24)
+    draft = tiny_decoder(max_position_embeddings=22)
     engine = pair(target, draft)
     told = events(engine, [request(length=9, sampling=SamplingParams(max_tokens=40))])["r", 0]
     plain = run(
@@ -275,8 +275,8 @@ def test_a_drafter_of_a_shorter_context_stops_at_its_window():
     )["r", 0]
     assert [t for e in told for t in e.token_ids] == plain
     drafted = [(9 + e.offset, e.num_drafted) for e in told]
-    assert all(num == 4 for end, num in drafted if end + 3 <= 24)
-    assert all(num == 0 for end, num in drafted if end + 3 > 24)
+    assert all(num == 4 for end, num in drafted if end + 3 <= 22)
+    assert all(num == 0 for end, num in drafted if end + 3 > 22)
     assert any(num for _, num in drafted)
     assert any(num == 0 for _, num in drafted)
 

@@ -1,7 +1,6 @@
 """The shipped pair with all threads of the machine: same tokens, and acceptance that is pinned."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,28 +27,24 @@ METHODS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def threads() -> Iterator[None]:
-    """Kernels split their work: what holds on one thread must hold on several."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(1)
+NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 
 
 @pytest.fixture
 def _all_threads() -> None:
-    """After the fixture of all tests, which takes threads away."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    """Kernels split their work: what holds on one thread must hold on several."""
+    torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.fixture(scope="module")
-def llm(threads: None) -> LLM:
+def llm() -> LLM:
+    torch.set_num_threads(NUM_THREADS)
     return LLM("demo", check_integrity=True)
 
 
 @pytest.fixture(scope="module")
 def plain(llm: LLM) -> dict[str, list[list[int]]]:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(NUM_THREADS)
     return {
         name: [out.token_ids for out in llm.generate(PROMPTS, sampling, OFF)]
         for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED))

@@ -305,13 +305,10 @@ def test_an_error_ends_the_one_sequence_and_leaves_its_prompt_cached():
 class Grammar(SimpleNamespace):
     """Notes what it is advanced by."""
 
-    is_finished = False
-
     def advance(self, tokens):
         if self.error:
             raise RequestError(self.error)
         self.seen.append(tuple(tokens))
-        self.is_finished = ord("z") in tokens
 
 
 def grammar(error=""):
@@ -326,11 +323,13 @@ def test_a_grammar_advances_by_what_was_committed():
     assert desk.seq.grammar.seen == [tuple(b"abc"), tuple(b"xd")]
 
 
-def test_a_finished_grammar_ends_the_output():
-    desk = Desk(ignore_eos=True)
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_an_end_token_ends_a_constrained_output_once(ignore_eos):
+    """After a complete output a grammar allows nothing but ends: drafts of more are cut."""
+    desk = Desk(ignore_eos=ignore_eos)
     desk.seq.grammar = grammar()
-    commit = accept_all(desk, b"ab", ord("z"))
-    assert (commit.finish_reason, desk.seq.finish_reason) == ("stop", "stop")
+    commit = accept_all(desk, [*b"ab", EOS, EOS], EOS)
+    assert (commit.tokens, commit.finish_reason) == ((*b"ab", EOS), "stop")
 
 
 def test_a_grammar_that_fails_ends_its_own_request():

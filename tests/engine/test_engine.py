@@ -75,7 +75,7 @@ def test_abort_while_waiting():
 def test_abort_while_running_keeps_what_was_said():
     engine = tiny_engine()
     engine.add(request("gone", max_tokens=100))
-    engine.add(request("here"))
+    engine.add(request("here", first=90))
     before = [e for _ in range(2) for e in engine.step() if e.request_id == "gone"]
     held = engine.manager.num_used
     engine.abort("gone")
@@ -99,12 +99,13 @@ def test_abort_in_the_middle_of_a_prompt():
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("seats", [2, 8])
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
-def test_abort_ends_all_completions_of_a_request(num_steps):
-    """Before the first ran (0), when it has just forked (1), and later; seats for two only."""
-    engine = tiny_engine(options={"max_num_seqs": 2})
+def test_abort_ends_all_completions_of_a_request(num_steps, seats):
+    """Before the first ran (0), when it has just forked (1), and later; running and waiting."""
+    engine = tiny_engine(options={"max_num_seqs": seats})
     engine.add(request("r", n=4, temperature=1.0, max_tokens=60))
-    engine.add(request("other"))
+    engine.add(request("other", max_tokens=60))
     for _ in range(num_steps):
         engine.step()
     engine.abort("r")

@@ -167,7 +167,7 @@ def test_a_rule_is_given_only_the_kinds_it_declares(monkeypatch, accepts, sample
     if legal:
         assert ask(**params).draft_sample_method == sample_method
     else:
-        with pytest.raises(PairError, match="verifier='choosy': does not take .*'sampled'"):
+        with pytest.raises(PairError, match=r"verifier='choosy': does not take .*'sampled'"):
             ask(**params)
 
 

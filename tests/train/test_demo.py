@@ -63,7 +63,9 @@ def test_finished_work_is_resumed_not_repeated(out: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(demo, "WINDOW", 65)
     monkeypatch.setattr(demo, "read_corpus", few_documents)
     before = (out / "target/model.safetensors").read_bytes()
-    demo.train_demo(
-        out, num_target_steps=2, num_draft_steps=1, batch_size=1, evaluation=FEW, seed=9
-    )
+    demo.train_demo(out, num_target_steps=2, num_draft_steps=1, batch_size=1, evaluation=FEW)
     assert (out / "target/model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="seed 9"):
+        demo.train_demo(out, num_target_steps=2, batch_size=1, seed=9)
+    with pytest.raises(ValueError, match="num_steps 1 is below the 2"):
+        demo.train_demo(out, num_target_steps=1, batch_size=1)

@@ -218,13 +218,8 @@ class ModelDrafter:
         return DraftTree.chain(course.tokens, self.name, laws)
 
     def _settle(self, state: DraftState, commit: Commit) -> None:
-        """Keeps draft KV of what was committed; the rest will be overwritten."""
+        """Keeps draft KV of the accepted drafts; only the bonus token stands behind them."""
         tokens = commit.seq.tokens
-        num_before = len(tokens) - len(commit.tokens)
-        if state.num_cached >= num_before:
-            own = commit.tree.source == self.name
-            kept = commit.num_kept if own else 0
-            state.num_cached = min(state.num_cached, num_before + kept)
         state.num_cached = min(state.num_cached, len(tokens) - 1)
         self.manager.commit(state.table, tokens, state.num_cached)
 

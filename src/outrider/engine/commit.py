@@ -76,10 +76,7 @@ class Committer:
         error = "" if cut.finish_reason else self._advance(seq, tokens)
         if error:
             return self._fail(seq, error, tokens)
-        finish_reason = cut.finish_reason
-        if seq.grammar is not None and finish_reason is None and seq.grammar.is_finished:
-            finish_reason = "stop"
-        seq.finish_reason, seq.stop_reason = finish_reason, cut.stop_reason
+        seq.finish_reason, seq.stop_reason = cut.finish_reason, cut.stop_reason
         return Commit(
             seq=seq,
             tree=tree,
@@ -88,7 +85,7 @@ class Committer:
             num_accepted=len(verdict.accepted),
             num_kept=num_kept,
             accepted=verdict.accepted,
-            finish_reason=finish_reason,
+            finish_reason=cut.finish_reason,
             logprobs=logprobs,
         )
 
@@ -106,14 +103,16 @@ class Committer:
         return cut
 
     def _cut_at_token(self, seq: Sequence, path: tuple[int, ...]) -> Cut:
+        """A grammar allows an end token only when it is complete: then nothing can follow."""
         sampling = seq.request.sampling
+        has_end = not sampling.ignore_eos or seq.grammar is not None
         room = self.max_model_len - len(seq.tokens)
         if sampling.max_tokens is not None:
             room = min(room, sampling.max_tokens - seq.num_generated)
         for count, token in enumerate(path[:room], start=1):
             if token in sampling.stop_token_ids:
                 return Cut(count, "stop", token)
-            if token in self.eos_token_ids and not sampling.ignore_eos:
+            if token in self.eos_token_ids and has_end:
                 return Cut(count, "stop")
         return Cut(room, "length") if room <= len(path) else Cut(len(path))
 

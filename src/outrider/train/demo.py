@@ -42,7 +42,7 @@ SHARES = {"code": 0.33, "docs": 0.24, "books": 0.18, "math": 0.17, "dialogue": 0
 WINDOW = 513
 BATCH_SIZE = 16
 NUM_TARGET_STEPS = 2400
-NUM_DRAFT_STEPS = 2000
+NUM_DRAFT_STEPS = 1600
 
 
 def train_demo(
@@ -67,7 +67,8 @@ def train_demo(
         compiled: let torch.compile fuse the step; faster after a minute, needs a C++ compiler.
 
     Raises:
-        ValueError: a folder without known sources, or a step count below one.
+        ValueError: a folder without known sources, a step count below one, or checkpoints in
+            `work` of other settings or of more steps.
     """
     recipe = _Recipe(
         out=out,

@@ -73,11 +73,34 @@ class PackedBatches:
         start = offset + self._window * int(torch.randperm(num_windows, generator=order)[rank])
         return stream[start : start + self._window].long()
 
+    def _settings(self) -> dict[str, int]:
+        return {
+            "seed": self._seed,
+            "batch_size": self._batch_size,
+            "window": self._window,
+            "num_tokens": sum(len(stream) for stream in self._streams.values()),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The position: windows drawn per domain, and the generator that picks domains."""
-        return {"drawn": dict(self._drawn), "generator": self._generator.get_state()}
+        return {
+            "drawn": dict(self._drawn),
+            "generator": self._generator.get_state(),
+            "settings": self._settings(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a position that `state_dict` gave."""
+        """Continue from a position that `state_dict` gave.
+
+        Raises:
+            ValueError: the position belongs to other settings.
+        """
+        saved, current = state["settings"], self._settings()
+        for name in current:
+            if saved[name] != current[name]:
+                raise ValueError(
+                    f"{name} {current[name]} differs from {saved[name]} in the checkpoint; "
+                    "use that, or train without resume"
+                )
         self._drawn = dict(state["drawn"])
         self._generator.set_state(state["generator"])

@@ -87,14 +87,23 @@ class Trainer:
         self._loss = torch.compile(objective) if config.compiled else objective
 
     def resume(self) -> bool:
-        """Continue from the checkpoint file; False when there is none."""
+        """Continue from the checkpoint file; False when there is none.
+
+        Raises:
+            ValueError: it was trained for more steps than asked, or with other settings.
+        """
         if self._checkpoint is None or not self._checkpoint.is_file():
             return False
         state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+        if state["step"] > self._config.num_steps:
+            raise ValueError(
+                f"num_steps {self._config.num_steps} is below the {state['step']} steps of the "
+                "checkpoint; ask for more, or train without resume"
+            )
+        self._batches.load_state_dict(state["batches"])
         self._model.load_state_dict(state["model"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self._batches.load_state_dict(state["batches"])
         torch.set_rng_state(state["generator"].cpu())
         self._step, self._seconds = state["step"], state["seconds"]
         self.curve = [LossPoint(*point) for point in state["curve"]]
