@@ -1,6 +1,6 @@
 """Cost of a linear layer by number of rows, and whether rows keep their bits.
 
-    python -m benchmarks.linear_rows --shape 2048 2048 --layers 16
+python -m benchmarks.linear_rows --shape 2048 2048 --layers 16
 """
 
 import argparse

@@ -28,6 +28,9 @@ BAD_SAMPLING = {
     "logprobs": (-1, 1.0, True),
 }
 BAD_SPECULATION = {
+    "method": ("", 5),
+    "verifier": ("", 5),
+    "model": ("", 5),
     "num_draft_tokens": (-1, 65, 2.0, True, "4"),
     "width": (0, 17, 1.0, None, True),
     "draft_sample_method": ("random", ""),

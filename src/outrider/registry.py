@@ -41,12 +41,23 @@ class Registry:
         return [part.name for part in self]
 
     def load(self, name: str) -> Any:
-        """The class behind `name`. ConfigError for a name that nobody registered."""
+        """The class behind `name`. ConfigError for an unknown name or a broken plug-in."""
         for part in self:
             if part.name == name:
-                module, _, attribute = part.target.partition(":")
-                return getattr(import_module(module), attribute)
+                return self._import(part)
         raise ConfigError(unknown(self.kind, name, self.names()))
+
+    def _import(self, part: Registered) -> Any:
+        module, _, attribute = part.target.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            if part.source == "outrider":
+                raise
+            raise ConfigError(
+                f"{self.kind} {part.name!r} of {part.source} cannot be loaded from "
+                f"{part.target!r} ({error}): repair or uninstall that package"
+            ) from error
 
     def _plugins(self) -> list[EntryPoint]:
         found = list(entry_points(group=self.group))

@@ -280,6 +280,10 @@ def _check_bias(p: SamplingParams) -> None:
 
 
 def _check_speculation(p: SpeculationParams) -> None:
+    for name in ("method", "verifier", "model"):
+        value = getattr(p, name)
+        is_name = value is None or (isinstance(value, str) and value != "")
+        _require(is_name, name, value, "must be a name, or None for the default")
     k = p.num_draft_tokens
     _require(
         k is None or (_is_int(k) and 0 <= k <= MAX_DRAFT_TOKENS),

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
 from outrider import LLM, SamplingParams
-from outrider.cli import generate, main
+from outrider.cli import main
 
 SEEDED = ("--max-tokens", 12, "--temperature", 0.9, "--seed", 3)
 SAMPLING = SamplingParams(max_tokens=12, temperature=0.9, seed=3)
@@ -173,10 +172,10 @@ def test_standard_input_must_be_text(refused, model):
     assert "the prompt is empty" in refused("generate", model, stdin="")
 
 
-def test_an_answer_that_broke_off_is_printed_and_fails(model, monkeypatch):
+def test_an_answer_that_broke_off_is_printed_and_fails(model):
     """After three letters only the end is left, and that is forbidden."""
-    monkeypatch.setattr(generate, "SamplingParams", partial(SamplingParams, min_tokens=20))
     args = ["generate", model, "--prompt", "def", "--regex", "[a-z]{3}"]
+    args += ["--sampling", '{"min_tokens": 20}']
     result = CliRunner().invoke(main.app, args)
     assert result.exit_code == 1
     assert len(result.stdout.strip()) == 3
@@ -184,6 +183,28 @@ def test_an_answer_that_broke_off_is_printed_and_fails(model, monkeypatch):
     told = json.loads(CliRunner().invoke(main.app, [*args, "--json"]).stdout)
     assert told["completions"][0]["finish_reason"] == "error"
     assert told["completions"][0]["error"].startswith("no token is allowed")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"temperature": 1}', "--temperature"),
+        ("[1]", "no JSON object"),
+        ("{", "no JSON"),
+        ('{"min_token": 3}', "did you mean 'min_tokens'"),
+    ],
+)
+def test_bad_sampling_json_is_refused(model, text, said):
+    result = CliRunner().invoke(main.app, ["generate", model, "--prompt", "x", "--sampling", text])
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_sampling_json_reaches_the_engine(model):
+    args = ["generate", model, "--prompt", "x", "--max-tokens", "4", "--json"]
+    args += ["--sampling", '{"logit_bias": {"42": 1000}, "ignore_eos": true}']
+    told = json.loads(CliRunner().invoke(main.app, args).stdout)
+    assert told["completions"][0]["token_ids"] == [42] * 4
 
 
 def test_a_real_process_shows_no_traceback(model):

@@ -34,11 +34,14 @@ def naming(drafter):
 def test_every_row_gets_the_tree_of_its_own_drafter():
     names = {"a": "one", "b": "two", "c": "", "d": "one", "e": "two"}
     batch = Batch([Row(sequence(name, who), 1, 2) for name, who in names.items()], [])
-    plan = [RowPlan(who, 2, 1, 2) if who else RowPlan() for who in names.values()]
+    depths = (1, 2, 0, 2, 1)
+    plan = [
+        RowPlan(who, depth, 1, depth) for who, depth in zip(names.values(), depths, strict=True)
+    ]
     trees = Drafters([naming("one"), naming("two")]).draft(batch, plan)
     assert [tree.source for tree in trees] == ["one", "two", "", "one", "two"]
     assert [tree.tokens for tree in trees] == [
-        (ord(name),) * 2 if who else () for name, who in names.items()
+        (ord(name),) * depth for name, depth in zip(names, depths, strict=True)
     ]
 
 

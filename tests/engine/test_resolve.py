@@ -96,7 +96,7 @@ def test_how_a_model_drafts_follows_from_the_rule(verifier, asked, method):
         ({"method": "draft_modle"}, RequestError, "'draft_modle'", "did you mean 'draft_model'"),
         ({"verifier": "sample"}, RequestError, "'sample'", "did you mean 'sampled'"),
         ({"verifier": "greedy"}, PairError, "verifier='greedy'", "use verifier='sampled'"),
-        ({"method": "draft_model", "width": 2}, RequestError, "width=2", "at most 1 branches"),
+        ({"method": "draft_model", "width": 2}, RequestError, "width=2", "use width=1"),
         (
             {"method": "ngram", "width": 3, "verifier": "rejection"},
             PairError, "width=3", "use width=1 or verifier='sampled'",
@@ -112,7 +112,7 @@ def test_how_a_model_drafts_follows_from_the_rule(verifier, asked, method):
         ({"method": "ngram", "model": "small-model"}, RequestError, "'small-model'", "drop it"),
         (
             {"method": "draft_model", "model": "other"},
-            RequestError, "model='other'", "loaded with draft model 'small-model'",
+            RequestError, "model='other'", "the engine has draft model 'small-model'",
         ),
         (
             {"method": "draft_model", "prompt_lookup_max": 3},

@@ -74,7 +74,7 @@ def test_prompts_are_run_in_chunks_that_fill_the_budget():
 
 
 def test_only_the_row_that_reaches_the_end_may_draft():
-    target = scheduler(max_num_batched_tokens=10)
+    target = scheduler(long_prefill_token_threshold=10)
     add(target, sequence("a", 14, k=3))
     assert shares(step(target)) == {"a": (10, 0)}
     assert shares(step(target)) == {"a": (4, 3)}
@@ -124,6 +124,15 @@ def test_a_step_never_exceeds_its_budget_and_everyone_who_runs_moves(data):
         assert sum(t + nodes for t, nodes in shares(batch).values()) <= budget
         assert all(num_tokens >= 1 for num_tokens in tokens_of(batch).values())
         assert before <= set(shares(batch))
+
+
+def test_an_urgent_prompt_leaves_a_row_for_those_who_run():
+    target = scheduler(max_num_batched_tokens=8)
+    add(target, *(sequence(name, 2) for name in "abc"))
+    step(target)
+    add(target, sequence("urgent", 30, priority=-1))
+    for _ in range(3):
+        assert tokens_of(step(target)) == {"a": 1, "b": 1, "c": 1, "urgent": 5}
 
 
 def test_wide_drafts_of_the_first_leave_a_row_for_the_others():
@@ -212,11 +221,12 @@ def test_a_sequence_gives_way_itself_when_it_is_the_last():
 
 
 def test_nobody_is_admitted_in_a_step_that_preempts():
-    target = scheduler(num_blocks=4)
+    """Two blocks are free then, enough for a first chunk of the very one that gave way."""
+    target = scheduler(num_blocks=4, long_prefill_token_threshold=8)
     add(target, sequence("a", 7), sequence("b", 8))
     step(target)
-    add(target, sequence("tiny", 1))
     assert set(shares(step(target))) == {"a"}
+    assert target.manager.num_free == 2
 
 
 def test_a_preempted_sequence_comes_back_before_later_ones_and_runs_its_whole_log():

@@ -206,6 +206,15 @@ def test_of_two_stop_texts_the_one_that_ends_first_wins():
     detokenizer = Detokenizer(BYTES, stop=("bcd", "c"))
     assert detokenizer.add(tuple(b"abcd")) == ("c", 3)
     assert detokenizer.take(is_last=True) == "ab"
+    together = Detokenizer(Pieces("abcd"), stop=("bcd", "c"))
+    assert together.add((0,)) == ("c", 1)
+    assert together.take(is_last=True) == "ab"
+
+
+def test_a_stop_text_that_did_not_count_is_not_held_back():
+    detokenizer = Detokenizer(BYTES, stop=("ab",))
+    assert detokenizer.add(tuple(b"ab"), may_stop=False) is None
+    assert detokenizer.take() == "ab"
 
 
 def test_tokens_that_may_not_stop_do_not_but_may_begin_a_stop_text():

@@ -195,6 +195,19 @@ def test_a_tail_begins_where_the_told_text_ends_and_changes_nothing():
     assert isinstance(event, Committed)
 
 
+class Words:
+    """A word begins with its space, which the first of a text loses."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(f" w{i}" for i in ids).removeprefix(" ")
+
+
+def test_the_first_word_keeps_its_space_because_of_the_prompt():
+    seq = sequence(prompt=(1, 2))
+    stream = streamer(seq, tokenizer=Words())
+    assert [tell(stream, seq, (i,)).text for i in (3, 4)] == [" w3", " w4"]
+
+
 class ByteFallback:
     """Bytes that follow one another are a text together or, if they are none, all unreadable."""
 

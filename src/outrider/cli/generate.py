@@ -41,24 +41,33 @@ def generate(
     regex: Annotated[
         str | None, typer.Option(help="Regular expression the output must match.")
     ] = None,
+    more: Annotated[
+        str | None,
+        typer.Option(
+            "--sampling",
+            help="Sampling parameters without an option of their own, as JSON: "
+            "'{\"repetition_penalty\": 1.2}'.",
+        ),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate from one prompt."""
     params = options.read_speculation(speculation)
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        n=n,
-        stop=options.read_stop(stop),
-        json_schema=json_schema,
-        regex=regex,
-    )
+    named = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "n": n,
+        "stop": options.read_stop(stop),
+        "json_schema": json_schema,
+        "regex": regex,
+    }
+    sampling = SamplingParams.from_dict({**named, **options.read_sampling(more, named)})
     text = options.read_prompt(prompt, file)
     llm = options.load(model, draft_model, params, dtype, device)
     output = llm.generate([[{"role": "user", "content": text}] if chat else text], sampling)[0]

@@ -1,8 +1,9 @@
 """Options that several commands share, and how their texts become settings."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -46,14 +47,37 @@ def read_speculation(text: str | None) -> SpeculationParams:
         return SpeculationParams()
     if not text.lstrip().startswith("{"):
         return SpeculationParams(method=text.strip())
+    example = '{"method": "draft_model", "num_speculative_tokens": 4}'
+    return SpeculationParams.from_dict(_read_object("--speculation", text, example))
+
+
+def read_sampling(text: str | None, named: Collection[str]) -> dict[str, Any]:
+    """Sampling parameters from a JSON object; those in `named` have options of their own."""
+    if text is None:
+        return {}
+    values = _read_object("--sampling", text, '{"repetition_penalty": 1.2}')
+    for key in values:
+        if key in named:
+            raise RequestError(f"--sampling: {key} has an option of its own: --{_dashed(key)}")
+    if isinstance(values.get("logit_bias"), dict):  # JSON has no integer keys
+        values["logit_bias"] = {int(k): v for k, v in values["logit_bias"].items()}
+    return values
+
+
+def _dashed(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _read_object(option: str, text: str, example: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise RequestError(
-            f"--speculation {text!r} is no JSON ({error.msg} at {error.pos}): write it like "
-            '{"method": "draft_model", "num_speculative_tokens": 4}'
+            f"{option} {text!r} is no JSON ({error.msg} at {error.pos}): write it like {example}"
         ) from None
-    return SpeculationParams.from_dict(values)
+    if not isinstance(values, dict):
+        raise RequestError(f"{option} {text!r} is no JSON object: write it like {example}")
+    return values
 
 
 def read_stop(stop: list[str] | None) -> tuple[str, ...]:

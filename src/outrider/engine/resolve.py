@@ -40,7 +40,8 @@ def resolve(
     _check_kind(method, name, rule)
     if params.width > drafter.max_width:
         raise RequestError(
-            f"width={params.width}: {name} draws at most {drafter.max_width} branches"
+            f"width={params.width}: {name} draws at most {drafter.max_width} branches; "
+            f"use width={drafter.max_width}"
         )
     if params.width > 1 and not rule.accepts.branches:
         raise PairError(
@@ -94,7 +95,8 @@ def _check_model(params: SpeculationParams, name: str, draft_model: str) -> None
         raise RequestError(f"model={params.model!r}: method {name!r} has no draft model; drop it")
     if params.model != draft_model:
         raise RequestError(
-            f"model={params.model!r}: the engine was loaded with draft model {draft_model!r}"
+            f"model={params.model!r}: the engine has draft model {draft_model!r}; drop the key, or "
+            "load that model with draft_model=..."
         )
 
 

@@ -18,6 +18,7 @@ from outrider.errors import RequestError
 from outrider.request import SamplingParams
 
 _CACHE_BYTES = 256 * 2**20
+MAX_WHITESPACE = 24  # between two parts of a JSON text; a weak model would never stop
 
 
 @runtime_checkable
@@ -65,7 +66,7 @@ class GrammarCompiler:
             return self._compiler.compile_grammar(sampling.grammar)
         schema = sampling.json_schema
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        return self._compiler.compile_json_schema(text)
+        return self._compiler.compile_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
 
     @cached_property
     def _xgrammar(self) -> Any:
