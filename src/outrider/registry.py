@@ -51,7 +51,7 @@ class Registry:
         module, _, attribute = part.target.partition(":")
         try:
             return getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever a stranger's module does when it is imported
             if part.source == "outrider":
                 raise
             raise ConfigError(

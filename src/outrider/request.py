@@ -10,6 +10,7 @@ from outrider.errors import RequestError, unknown
 
 OFF = "off"
 MAX_DRAFT_TOKENS = 64
+MAX_N = 1024
 T = TypeVar("T")
 
 
@@ -30,7 +31,8 @@ class SamplingParams:
         presence_penalty: subtracted once from the logit of each token already generated.
         frequency_penalty: subtracted per occurrence from the logit of each generated token.
         logit_bias: token id -> added to its logit.
-        bad_words: texts that must not appear in the output.
+        bad_words: texts whose usual tokens (at a start, and after a space) are forbidden in the
+            output; another split into tokens may still read the same.
         seed: same seed, same tokens; None draws one.
         n: completions of one prompt; completion i has its own stream of the seed.
         stop: texts that end the output and are not part of it.
@@ -182,7 +184,8 @@ class Request:
         id: unique among requests in flight.
         prompt_token_ids: at least one token.
         seed: resolved seed (never None, unlike `sampling.seed`).
-        priority: smaller runs first; equal priorities run in order of arrival.
+        priority: smaller is seated first and loses its KV last; equal ones in order of arrival. Who
+            runs keeps the seat.
         tenant: salt of the prefix cache; requests of different tenants share no KV.
         bad_words_ids: token sequences that `sampling.bad_words` stands for.
     """
@@ -243,7 +246,7 @@ def _check_sampling(p: SamplingParams) -> None:
         p.repetition_penalty,
         "must be > 0 (1 is none)",
     )
-    _require(p.n >= 1, "n", p.n, "must be >= 1")
+    _require(1 <= p.n <= MAX_N, "n", p.n, f"must lie in [1, {MAX_N}]")
     _require(p.seed is None or 0 <= p.seed < 2**63, "seed", p.seed, "must lie in [0, 2**63)")
     _require(p.logprobs is None or p.logprobs >= 0, "logprobs", p.logprobs, "must be >= 0")
     for name in ("stop", "bad_words"):

@@ -131,7 +131,8 @@ class TargetOutput(NamedTuple):
         logits_NV: raw logits of the rows that were asked for: per batch row that reaches the
             end, its last committed token and then its draft nodes, in batch order.
         first: per batch row, where its logits begin in `logits_NV`; -1 if it asked for none.
-        argmax_N: argmax token of each row of `logits_NV`, on the host.
+        argmax_N: argmax token of each row of `logits_NV`, on the host; -1 where the logits are no
+            numbers.
     """
 
     logits_NV: torch.Tensor

@@ -138,7 +138,7 @@ def test_several_completions_one_after_another(call, model, llm):
         (("--temperature", -1), "temperature=-1.0: must be >= 0"),
         (("--max-tokens", 0), "max_tokens=0: must be >= 1"),
         (("--top-p", 0), "top_p=0.0: must lie in (0, 1]"),
-        (("--n", 0), "n=0: must be >= 1"),
+        (("--n", 0), "n=0: must "),
         (("--stop", ""), "stop=('',): must be non-empty texts"),
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt", "a", "--file", "b"), "--prompt and --file exclude each other"),
@@ -205,6 +205,42 @@ def test_sampling_json_reaches_the_engine(model):
     args += ["--sampling", '{"logit_bias": {"42": 1000}, "ignore_eos": true}']
     told = json.loads(CliRunner().invoke(main.app, args).stdout)
     assert told["completions"][0]["token_ids"] == [42] * 4
+
+
+def test_logprobs_are_in_the_json(call, model, llm):
+    args = ("--prompt", "def", *SEEDED, "--sampling", '{"logprobs": 2}')
+    (told,) = json.loads(call("generate", model, *args, "--json").stdout)["completions"]
+    sampling = SamplingParams(max_tokens=12, temperature=0.9, seed=3, logprobs=2)
+    expected = llm.generate("def", sampling)[0].completions[0].logprobs
+    assert [entry["token_id"] for entry in told["logprobs"]] == told["token_ids"]
+    assert [entry["logprob"] for entry in told["logprobs"]] == [e.logprob for e in expected]
+    tops = [{int(token): value for token, value in e["top"].items()} for e in told["logprobs"]]
+    assert tops == [e.top for e in expected]
+    (plain,) = json.loads(call("generate", model, *args[:-2], "--json").stdout)["completions"]
+    assert plain["logprobs"] == []
+
+
+def test_logprobs_have_no_place_in_text(refused):
+    args = ("--prompt", "x", "--sampling", '{"logprobs": 2}')
+    assert refused("generate", "no/such", *args) == "logprobs are printed by --json only"
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("chat",)])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--max-model-len", 1000000), "max_model_len=1000000: "),
+        (("--kv-cache-memory-bytes", 1), "kv_cache_memory_bytes=1: a sequence of "),
+    ],
+)
+def test_engine_options_reach_the_engine(refused, model, command, option, message):
+    assert refused(command[0], model, *command[1:], *option).startswith(message)
+
+
+def test_a_shorter_model_refuses_a_longer_prompt(call, refused, model):
+    args = ("--prompt", "a b c d e f g h", "--max-model-len")
+    assert "(max_model_len=4): shorten it" in refused("generate", model, *args, 4)
+    call("generate", model, *args, 64, "--kv-cache-memory-bytes", 1 << 20)
 
 
 def test_a_real_process_shows_no_traceback(model):

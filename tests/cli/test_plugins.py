@@ -1,7 +1,11 @@
 """`outrider plugins`: what is there, for people and for programs."""
 
 import json
+from importlib.metadata import EntryPoint
 
+import pytest
+
+from outrider import registry
 from outrider.registry import DRAFTERS, VERIFIERS
 
 
@@ -33,3 +37,21 @@ def test_a_strangers_part_is_listed_with_its_source(call, monkeypatch):
     part = "outrider.draft.ngram:NgramDrafter"
     monkeypatch.setitem(DRAFTERS._builtins, "theirs", part)
     assert "theirs" in [p["name"] for p in json.loads(call("plugins", "--json").stdout)["drafters"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("theirs", "cannot be loaded from 'no_such_module:X'"), ("ngram", "takes the name of the")],
+)
+@pytest.mark.parametrize("args", [(), ("--json",)])
+def test_a_broken_plug_in_is_told_with_its_reason(call, monkeypatch, args, name, reason):
+    expected = call("plugins", *args).stdout
+    point = EntryPoint(name=name, value="no_such_module:X", group=DRAFTERS.group)
+    monkeypatch.setattr(
+        registry, "entry_points", lambda *, group: [point] if group == point.group else []
+    )
+    result = call("plugins", *args)
+    assert result.stdout == expected
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("broken: ")
+    assert reason in line

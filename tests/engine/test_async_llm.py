@@ -199,6 +199,54 @@ async def test_a_failing_engine_names_the_lost_requests(llm, monkeypatch, caplog
     assert llm.engine.manager.num_used == 0
 
 
+async def test_after_a_failure_the_next_front_needs_no_ids_of_its_own(llm, monkeypatch):
+    served = AsyncLLM(llm)
+    running = served.generate([5, 6], ENDLESS)
+    await anext(running)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "forward", lambda *_: 1 / 0)
+        with pytest.raises(EngineError, match="ZeroDivisionError"):
+            await gather(running)
+        await served.aclose()
+    assert not llm.engine.has_work()
+    assert not llm.engine._groups
+    anew = AsyncLLM(llm)
+    assert len(tokens_of(await gather(anew.generate([5, 6], SHORT)))) == 16
+    await anew.aclose()
+
+
+async def test_fronts_of_one_engine_share_its_ids(served, llm):
+    stream = llm.stream([[5, 6]], SHORT)
+    mine = next(stream).request_id
+    async with contextlib.aclosing(served.generate([5, 6], SHORT)) as events:
+        assert (await anext(events)).request_id != mine
+    stream.close()
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["refused", "cancelled while refused"])
+async def test_an_id_in_use_elsewhere_is_refused_and_left_alone(served, llm, monkeypatch, leaves):
+    stream = llm.stream([[5, 6]], SHORT)
+    taken = next(stream).request_id
+    at_door, go_on, add = threading.Event(), threading.Event(), llm.engine.add
+
+    def slow_add(request):
+        at_door.set()
+        go_on.wait(10)
+        add(request)
+
+    monkeypatch.setattr(llm.engine, "add", slow_add)
+    monkeypatch.setattr(served, "_start", lambda: None)
+    client = asyncio.create_task(gather(served.generate([7], SHORT, request_id=taken)))
+    await asyncio.to_thread(at_door.wait, 10)
+    if leaves:
+        client.cancel()
+        await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError if leaves else RequestError):
+        await client
+    assert list(stream)[-1].finish_reason == "length", "the other client goes on"
+
+
 async def test_closing_ends_what_runs_and_refuses_what_comes(llm):
     served = AsyncLLM(llm)
     running = served.generate([5, 6], ENDLESS, request_id="cut")

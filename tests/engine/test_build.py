@@ -1,12 +1,13 @@
 """build: which draft model, drafters, tokenizer and KV an engine gets; which pairs it refuses."""
 
 import json
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 
-from outrider import SpeculationParams, models
+from outrider import SpeculationParams, models, registry
 from outrider.draft.base import Warmth
 from outrider.engine.build import LoadConfig, build, speculation_params
 from outrider.errors import ConfigError, ModelError, PairError, RequestError
@@ -41,6 +42,15 @@ def draft(tmp_path_factory):
     return str(write_checkpoint(tmp_path_factory.mktemp("draft"), num_hidden_layers=1))
 
 
+def install(monkeypatch, name, target):
+    """A plug-in in both groups, as `name`."""
+    monkeypatch.setattr(
+        registry,
+        "entry_points",
+        lambda *, group: [EntryPoint(name=name, value=target, group=group)],
+    )
+
+
 def engine(model, options=None, **load):
     return build(LoadConfig(model=model, **load), options or {})[0]
 
@@ -69,6 +79,24 @@ def test_drafters_that_need_only_tokens_are_there_unasked(target, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "reason"), [("broken", "no_such_module"), ("ngram", "takes the name of the built-in")]
+)
+def test_a_broken_plug_in_is_skipped_with_a_warning(target, monkeypatch, caplog, name, reason):
+    install(monkeypatch, name, "no_such_module:Thing")
+    made = engine(target)
+    assert made.drafters.names() == ["ngram"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert reason in record.getMessage()
+
+
+def test_a_broken_plug_in_that_is_named_is_an_error(target, monkeypatch):
+    install(monkeypatch, "broken", "no_such_module:Thing")
+    with pytest.raises(ConfigError, match=r"'broken' .* repair or uninstall"):
+        engine(target, drafters=("broken",))
+
+
+@pytest.mark.parametrize(
     ("name", "match"),
     [("ngrm", "unknown drafter 'ngrm'; did you mean 'ngram'"), ("draft_model", "draft_model=...")],
 )
@@ -91,8 +119,17 @@ def test_kv_memory_counts_for_each_of_the_two_pools(target, draft):
     assert built.manager.num_free == 3 * MAX_POSITIONS // 16
     # The draft model has half the layers, so the same memory holds twice the blocks.
     assert built.drafters["draft_model"].manager.num_free == 6 * MAX_POSITIONS // 16
+    scarce = options | {"kv_cache_memory_bytes": one_sequence - 1}
     with pytest.raises(ConfigError, match=f"kv_cache_memory_bytes={one_sequence - 1}"):
-        engine(target, options | {"kv_cache_memory_bytes": one_sequence - 1})
+        engine(target, scarce | {"max_model_len": MAX_POSITIONS})
+
+
+def test_a_length_nobody_asked_for_gives_way_to_memory(target, caplog):
+    """A model of many positions loads; the log says how many can be used."""
+    one_sequence = 2 * 2 * 2 * 8 * MAX_POSITIONS * 4
+    built = engine(target, {"block_size": 16, "kv_cache_memory_bytes": one_sequence // 2})
+    assert built.max_model_len == MAX_POSITIONS // 2
+    assert "raise kv_cache_memory_bytes" in caplog.text
 
 
 def test_a_short_draft_model_serves_a_longer_target(target, tmp_path):

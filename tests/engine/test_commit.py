@@ -34,7 +34,7 @@ class Desk:
     def __init__(self, max_model_len=100, **sampling):
         self.manager = BlockManager(32, 4)
         self.pool = KVPool([(1, 1, 1)], 32, 4, torch.float32, torch.device("cpu"))
-        self.streamer = Streamer(ByteTokenizer(), {"sampled": "exact"})
+        self.streamer = Streamer(ByteTokenizer(), {"sampled": "exact"}.__getitem__)
         self.committer = Committer(self.manager, self.pool, self.streamer, (EOS,), max_model_len)
         request = Request(id="r", prompt_token_ids=PROMPT, sampling=SamplingParams(**sampling))
         self.seq = Sequence(id="r#0", request=request, index=0, tokens=list(PROMPT), seed=0)

@@ -375,3 +375,42 @@ def test_the_integrity_check_sees_a_lost_block():
     seq.table.cut(1)
     with pytest.raises(AssertionError):
         engine.check_integrity()
+
+
+def test_large_drafts_do_not_wipe_the_prefix_cache():
+    """Room for drafts is taken from empty blocks first, and from few cached prefixes at most."""
+    hits = {}
+    for name, params in {
+        "off": {"method": "off"},
+        "wide": {"method": "ngram", "num_draft_tokens": 16, "width": 16, "prompt_lookup_min": 1},
+    }.items():
+        engine = tiny_engine(num_blocks=64, draft_seed=None)
+        kept = Request(
+            id="kept", prompt_token_ids=tuple(range(10, 70)), sampling=sampling(max_tokens=4)
+        )
+        run(engine, [kept])
+        busy = Request(
+            id="busy",
+            prompt_token_ids=tuple([80, 81, 82, 83] * 6),
+            sampling=SamplingParams(max_tokens=40, ignore_eos=True),
+            speculation=SpeculationParams(**params),
+        )
+        run(engine, [busy])
+        before = engine.manager.hits
+        run(engine, [kept])
+        hits[name] = engine.manager.hits - before
+    assert hits["off"] - hits["wide"] <= 4, "one block at most"
+    assert hits["wide"] > 0
+
+
+def test_logits_that_are_no_numbers_fail_the_request_at_temperature_0(monkeypatch):
+    engine = tiny_engine(draft_seed=None)
+    forward = engine.runner.network.forward
+    monkeypatch.setattr(
+        engine.runner.network, "forward", lambda *args: forward(*args) * float("nan")
+    )
+    told = events(
+        engine, [Request(id="r", prompt_token_ids=(9, 8), sampling=sampling(max_tokens=4))]
+    )
+    assert told["r", 0][-1].finish_reason == "error"
+    assert "nan" in told["r", 0][-1].error

@@ -101,6 +101,15 @@ def test_sampling_and_speculation_for_each_prompt(llm):
     assert outputs[2].metrics.num_draft_tokens <= 2 * outputs[2].metrics.num_drafts
 
 
+def test_an_output_tells_why_its_first_answer_broke_off(demo):
+    stuck = SamplingParams(max_tokens=8, regex="[a-z]{3}", min_tokens=6)
+    (output,) = demo.generate("def", stuck)
+    assert output.finish_reason == "error"
+    assert output.error == output.completions[0].error
+    assert output.error.startswith("no token is allowed: min_tokens=6")
+    assert demo.generate("def", SamplingParams(max_tokens=2))[0].error == ""
+
+
 def test_lists_must_match_the_prompts(llm):
     with pytest.raises(RequestError, match="sampling: 2 were given for 3 prompts"):
         llm.generate([[1], [2], [3]], [SHORT, SHORT])

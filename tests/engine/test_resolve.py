@@ -59,6 +59,23 @@ def test_off_is_plain_decoding(params):
     assert (found.drafter, found.num_draft_tokens) == ("", 0)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"num_draft_tokens": 4},
+        {"width": 5},
+        {"model": "nope"},
+        {"prompt_lookup_max": 3},
+        {"draft_sample_method": "greedy"},
+    ],
+)
+@pytest.mark.parametrize("method", [None, "off"])
+def test_nothing_is_dropped_where_nothing_drafts(params, method):
+    key, value = next(iter(params.items()))
+    with pytest.raises(RequestError, match=f"{key}={value!r}: nothing is drafted here"):
+        ask(method=method, **params)
+
+
 def test_what_is_asked_is_kept():
     found = ask(method="ngram", num_draft_tokens=3, width=4, prompt_lookup_min=3)
     assert (found.drafter, found.num_draft_tokens, found.width) == ("ngram", 3, 4)

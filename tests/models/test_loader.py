@@ -279,7 +279,7 @@ def test_no_such_folder(name: str) -> None:
 
 def test_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub, "files", lambda package: tmp_path)
-    with pytest.raises(ModelError, match=r"'demo' is not there yet: run `outrider train demo`"):
+    with pytest.raises(ModelError, match=r"'demo' is missing from this installation: install"):
         resolve("demo")
     folder = tmp_path / "assets" / "demo" / "draft"
     folder.mkdir(parents=True)

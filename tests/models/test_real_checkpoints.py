@@ -1,4 +1,7 @@
-"""The lean decoder on the two small trained models that stand beside the project."""
+"""Both networks on the two small trained models that stand beside the project.
+
+The cases are those of the random models: prefill, chunks, ragged decode, trees, compaction.
+"""
 
 from pathlib import Path
 
@@ -6,37 +9,71 @@ import pytest
 import torch
 import transformers
 
-from outrider.models.loader import load_decoder
+from outrider.models.base import Network
+from outrider.models.network import load_network
 from outrider.ops.base import Span
 from outrider.ops.torch import TorchOps
 from outrider.tokenizer import load_tokenizer
-from tests.models.tiny import Passes, difference, reference_logits
+from tests.models import test_adapter, test_decoder
+from tests.models.tiny import Passes, difference
 
+CHECKPOINTS = ("stories260K", "chars940K")
+NETWORKS = ("lean", "adapter")
 STORY = ", there was a little girl named Lily. She loved to play outside in the park."
 
 
-@pytest.fixture(params=["stories260K", "chars940K"])
-def folder(request: pytest.FixtureRequest, shared_data: Path) -> Path:
-    folder = shared_data / "weights" / str(request.param)
+class Case(test_adapter.Case):
+    """A trained model under the names by which either file of cases asks for it."""
+
+    @property
+    def decoder(self) -> Network:
+        return self.adapter
+
+
+def checkpoint(shared_data: Path, name: str) -> Path:
+    folder = shared_data / "weights" / name
     if not folder.is_dir():
         pytest.skip(f"no checkpoint at {folder}")
     return folder
 
 
-def test_logits_agree_with_transformers(folder: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    prompt = load_tokenizer(folder).encode("Once upon a time, there was a little girl")
-    (ours,) = Passes(load_decoder(folder, ops=TorchOps()))(
-        (Span(list(range(len(prompt))), 0, len(prompt)), prompt)
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def folder(request: pytest.FixtureRequest, shared_data: Path) -> Path:
+    return checkpoint(shared_data, request.param)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def case(request: pytest.FixtureRequest, folder: Path) -> Case:
+    network = load_network(str(folder), ops=TorchOps(), network=request.param)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
     )
-    assert difference(ours, reference_logits(model, prompt)) < 2e-5
+    return Case(network, model.eval())
 
 
-def test_greedy_story(shared_data: Path) -> None:
-    folder = shared_data / "weights" / "stories260K"
+test_prefill = test_decoder.test_prefill
+test_chunked_prefill = test_decoder.test_chunked_prefill
+test_batched_decode = test_decoder.test_batched_decode
+test_tree_verify = test_decoder.test_tree_verify
+test_decode_after_compaction = test_decoder.test_decode_after_compaction
+test_chunks_of_two_sequences = test_adapter.test_chunked_prefill_of_two_sequences
+test_decode_of_different_lengths = test_adapter.test_batched_decode_of_different_lengths
+test_trees_of_two_sequences_and_compaction = test_adapter.test_tree_verify_and_compaction
+
+
+def test_prefill_of_text(case: Case, folder: Path) -> None:
+    prompt = load_tokenizer(folder).encode("Once upon a time, there was a little girl")
+    (ours,) = Passes(case.decoder)((Span(list(range(len(prompt))), 0, len(prompt)), prompt))
+    assert difference(ours, case.expected(prompt)) < test_decoder.TOLERANCE
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_greedy_story(network: str, shared_data: Path) -> None:
+    folder = checkpoint(shared_data, "stories260K")
     tokenizer = load_tokenizer(folder)
     prompt = tokenizer.encode("Once upon a time")
-    run, tokens, num_cached = Passes(load_decoder(folder, ops=TorchOps())), list(prompt), 0
+    run = Passes(load_network(str(folder), ops=TorchOps(), network=network))
+    tokens, num_cached = list(prompt), 0
     for _ in range(30):
         span = Span(list(range(len(tokens))), num_cached, len(tokens) - num_cached)
         (logits_NV,) = run((span, tokens[num_cached:]))

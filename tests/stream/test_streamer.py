@@ -25,7 +25,7 @@ def sequence(name="s", prompt=b"prompt", **request):
 
 
 def streamer(*sequences, tokenizer=ByteTokenizer()):
-    made = Streamer(tokenizer, EXACTNESS)
+    made = Streamer(tokenizer, EXACTNESS.__getitem__)
     for seq in sequences:
         made.open(seq)
     return made

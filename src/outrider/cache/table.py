@@ -112,6 +112,11 @@ class BlockManager:
         return len(self._free) + len(self._evictable)
 
     @property
+    def num_empty(self) -> int:
+        """Blocks that can be had without forgetting a cached prefix."""
+        return len(self._free)
+
+    @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 

@@ -24,12 +24,22 @@ def chat(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    max_model_len: options.MaxModelLen = None,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
 ) -> None:
     """Talk with a model, turn by turn."""
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    llm = options.load(model, draft_model, options.read_speculation(speculation), dtype, device)
+    llm = options.load(
+        model,
+        draft_model,
+        options.read_speculation(speculation),
+        dtype,
+        device,
+        max_model_len=max_model_len,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+    )
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     typer.echo(HELP, err=True)

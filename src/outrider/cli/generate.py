@@ -9,6 +9,7 @@ import typer
 
 from outrider.cli import options
 from outrider.engine.outputs import Completion, RequestOutput
+from outrider.errors import RequestError
 from outrider.request import SamplingParams
 
 
@@ -51,6 +52,8 @@ def generate(
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    max_model_len: options.MaxModelLen = None,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate from one prompt."""
@@ -68,8 +71,18 @@ def generate(
         "regex": regex,
     }
     sampling = SamplingParams.from_dict({**named, **options.read_sampling(more, named)})
+    if sampling.logprobs is not None and not as_json:
+        raise RequestError("logprobs are printed by --json only")
     text = options.read_prompt(prompt, file)
-    llm = options.load(model, draft_model, params, dtype, device)
+    llm = options.load(
+        model,
+        draft_model,
+        params,
+        dtype,
+        device,
+        max_model_len=max_model_len,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+    )
     output = llm.generate([[{"role": "user", "content": text}] if chat else text], sampling)[0]
     if as_json:
         typer.echo(json.dumps(to_json(model, output), ensure_ascii=False))
@@ -100,6 +113,7 @@ def _completion(completion: Completion) -> dict[str, Any]:
         "index": completion.index,
         "text": completion.text,
         "token_ids": completion.token_ids,
+        "logprobs": [dataclasses.asdict(logprob) for logprob in completion.logprobs],
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
         "error": completion.error or None,

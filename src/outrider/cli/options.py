@@ -39,6 +39,13 @@ MinP: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="Same seed, same tokens.")]
 Dtype: TypeAlias = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+MaxModelLen: TypeAlias = Annotated[
+    int | None, typer.Option(help="Longest prompt and answer, in tokens; the model's own if unset.")
+]
+KVCacheMemoryBytes: TypeAlias = Annotated[
+    int | None,
+    typer.Option(help="Bytes of KV for the target, and again for the draft model."),
+]
 
 
 def read_speculation(text: str | None) -> SpeculationParams:
@@ -85,12 +92,29 @@ def read_stop(stop: list[str] | None) -> tuple[str, ...]:
 
 
 def load(
-    model: str, draft_model: str | None, speculation: SpeculationParams, dtype: str, device: str
+    model: str,
+    draft_model: str | None,
+    speculation: SpeculationParams,
+    dtype: str,
+    device: str,
+    **engine: int | None,
 ) -> LLM:
-    """The engine; a draft model named inside --speculation is loaded too, as vLLM's key does."""
+    """The engine; a draft model named inside --speculation is loaded too, as vLLM's key does.
+
+    Args:
+        engine: fields of `EngineConfig`; None leaves the default.
+    """
     if speculation.model is not None and draft_model is None:
         draft_model = speculation.model
-    return LLM(model, draft_model=draft_model, speculation=speculation, dtype=dtype, device=device)
+    given: dict[str, Any] = {name: value for name, value in engine.items() if value is not None}
+    return LLM(
+        model,
+        draft_model=draft_model,
+        speculation=speculation,
+        dtype=dtype,
+        device=device,
+        **given,
+    )
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

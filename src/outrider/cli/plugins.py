@@ -1,11 +1,13 @@
 """`outrider plugins`: the drafters and verifiers that are there, built in or installed."""
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-from outrider.registry import DRAFTERS, VERIFIERS
+from outrider.errors import ConfigError
+from outrider.registry import DRAFTERS, VERIFIERS, Registered, Registry
 
 
 def plugins(
@@ -27,11 +29,11 @@ def _drafters() -> list[dict[str, Any]]:
     return [
         {
             "name": part.name,
-            "needs": list(getattr(DRAFTERS.load(part.name), "needs", ())),
-            "warmth": DRAFTERS.load(part.name).warmth.value,
+            "needs": list(getattr(drafter, "needs", ())),
+            "warmth": drafter.warmth.value,
             "source": part.source,
         }
-        for part in DRAFTERS
+        for part, drafter in _loaded(DRAFTERS)
     ]
 
 
@@ -39,8 +41,27 @@ def _verifiers() -> list[dict[str, Any]]:
     return [
         {
             "name": part.name,
-            "exactness": str(VERIFIERS.load(part.name).exactness.value),
+            "exactness": str(verifier.exactness.value),
             "source": part.source,
         }
-        for part in VERIFIERS
+        for part, verifier in _loaded(VERIFIERS)
     ]
+
+
+def _loaded(parts: Registry) -> Iterator[tuple[Registered, Any]]:
+    """Parts with their classes; why a plug-in is broken goes to stderr, stdout is for the rest."""
+    try:
+        for part in parts:
+            found = _load(parts, part.name)
+            if found is not None:
+                yield part, found
+    except ConfigError as error:  # two parts of one name: plug-ins cannot be told apart
+        typer.echo(f"broken: {error}", err=True)
+
+
+def _load(parts: Registry, name: str) -> Any:
+    try:
+        return parts.load(name)
+    except ConfigError as error:
+        typer.echo(f"broken: {error}", err=True)
+        return None

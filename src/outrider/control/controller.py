@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Items
 
+from outrider.request import MAX_DRAFT_TOKENS
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, Plan, Row, RowPlan
 
@@ -35,9 +36,9 @@ class FixedController:
         return RowPlan(spec.drafter, min(depth, num_nodes), spec.width, num_nodes)
 
 
-def usable(seq: Sequence, max_model_len: int) -> int:
+def usable(seq: Sequence, max_model_len: int | None) -> int:
     """Most draft tokens that can be committed beside the bonus token."""
-    room = max_model_len - len(seq.tokens)
+    room = MAX_DRAFT_TOKENS + 1 if max_model_len is None else max_model_len - len(seq.tokens)
     if seq.request.sampling.max_tokens is not None:
         room = min(room, seq.request.sampling.max_tokens - seq.num_generated)
     return max(room - 1, 0)

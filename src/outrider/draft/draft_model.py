@@ -186,7 +186,7 @@ class ModelDrafter:
         seq = course.seq
         if course.stream is None and seq.shaper.is_plain_greedy:
             token = output.argmax_N[row]
-            if token < self.vocab_size:
+            if 0 <= token < self.vocab_size:
                 course.tokens.append(token)
                 course.laws.append(None)
                 return

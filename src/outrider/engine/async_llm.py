@@ -1,11 +1,10 @@
 """AsyncLLM: the same engine behind an asyncio front, one worker thread, many clients."""
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeAlias
 
 from outrider.engine.build import speculation_params
 from outrider.engine.llm import LLM, Speculation
@@ -19,6 +18,13 @@ CLOSED = "the engine is closed: make a new AsyncLLM"
 logger = logging.getLogger(__name__)
 
 
+class _Client(NamedTuple):
+    """Who waits for a request's events, and whether the engine took the request."""
+
+    queue: _Queue
+    added: Future[None]
+
+
 class AsyncLLM:
     """Serves requests concurrently; all engine work runs in one thread, in order.
 
@@ -28,10 +34,9 @@ class AsyncLLM:
     def __init__(self, model: str | LLM, **options: Any) -> None:
         self._llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outrider-engine")
-        self._queues: dict[str, _Queue] = {}
+        self._clients: dict[str, _Client] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._ids = itertools.count()
         self._refusal = ""  # why nothing is served any more
 
     async def generate(
@@ -54,7 +59,7 @@ class AsyncLLM:
             raise EngineError(self._refusal)
         sampling = sampling or SamplingParams()
         request = make_request(
-            request_id or f"request-{next(self._ids)}",
+            request_id or self._llm.new_request_id(),
             prompt,
             sampling,
             self._llm.speculation if speculation is None else speculation_params(speculation),
@@ -63,28 +68,31 @@ class AsyncLLM:
             priority=priority,
             tenant=tenant,
         )
-        if request.id in self._queues:
+        if request.id in self._clients:
             raise RequestError(f"request id {request.id!r} is in use: choose another")
-        queue = self._queues[request.id] = _Queue()
+        added = self._worker.submit(self._llm.engine.add, request)
+        client = self._clients[request.id] = _Client(_Queue(), added)
         num_open = sampling.n
         try:
-            await self._in_worker(self._llm.engine.add, request)
+            await asyncio.wrap_future(client.added)
             self._start()
             while num_open:
-                event = await queue.get()
+                event = await client.queue.get()
                 if isinstance(event, EngineError):
                     raise event
                 num_open -= isinstance(event, Committed) and event.finish_reason is not None
                 yield event
         finally:
-            self._queues.pop(request.id, None)
+            self._clients.pop(request.id, None)
             if num_open and not self._refusal:
-                await self._in_worker(self._llm.engine.abort, request.id)
+                await self._in_worker(self._abort, request.id, client)
                 self._start()
 
     async def aclose(self) -> None:
         """Stops serving; requests in flight get an EngineError."""
-        self._refusal = self._refusal or CLOSED
+        if self._refusal == CLOSED:
+            return
+        self._refusal = CLOSED
         self._wake.set()
         if self._loop_task is not None and not self._loop_task.done():
             await self._loop_task
@@ -112,17 +120,30 @@ class AsyncLLM:
                 await self._lose_all(f"the engine failed ({error!r})")
                 return
             for event in events:
-                queue = self._queues.get(event.request_id)
-                if queue is not None:
-                    queue.put_nowait(event)
+                client = self._clients.get(event.request_id)
+                if client is not None:
+                    client.queue.put_nowait(event)
 
     async def _lose_all(self, reason: str) -> None:
         """Every open request ends with an EngineError, and leaves nothing in the engine."""
-        lost = dict(self._queues)
-        for queue in lost.values():
-            queue.put_nowait(EngineError(f"{reason}; lost requests: {', '.join(lost)}"))
-        for request_id in lost:
-            await self._in_worker(self._llm.engine.abort, request_id)
+        lost = dict(self._clients)
+        for client in lost.values():
+            client.queue.put_nowait(EngineError(f"{reason}; lost requests: {', '.join(lost)}"))
+        await self._in_worker(self._clear, lost)
+
+    def _clear(self, lost: dict[str, _Client]) -> None:
+        """Aborts, and takes the last events out; what fails here is told, for more would too."""
+        try:
+            for request_id, client in lost.items():
+                self._abort(request_id, client)
+            self._llm.flush()
+        except Exception:
+            logger.exception("requests were left in the engine")
+
+    def _abort(self, request_id: str, client: _Client) -> None:
+        """In the worker, behind the add: an id that was refused belongs to somebody else."""
+        if not client.added.cancelled() and client.added.exception() is None:
+            self._llm.engine.abort(request_id)
 
     async def _in_worker(self, call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)

@@ -1,7 +1,8 @@
 """From names to an engine: load target, draft model and tokenizer, check the fit, wire them."""
 
-from collections.abc import Mapping, Sequence as Items
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence as Items
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from outrider.tokenizer import Tokenizer, load_tokenizer, same_vocabulary
 
 DEMO, DEMO_DRAFT = "demo", "demo-draft"
 MODEL_DRAFTER = "draft_model"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     target = _load(load, load.model)
     tokenizer = _tokenizer(load.model, load) if load.load_tokenizer else None
     max_model_len = config.model_len(target.spec)
+    config = replace(config, max_model_len=max_model_len)
     runner, manager = _with_pool(target, config, max_model_len)
     drafters = [_make_drafter(name) for name in _token_drafters(load)]
     if draft_name:
@@ -151,10 +154,28 @@ def _with_pool(
 
 def _token_drafters(load: LoadConfig) -> Items[str]:
     if load.drafters is None:
-        return [name for name in DRAFTERS.names() if DRAFTERS.load(name).warmth is Warmth.R0]
+        return list(_unasked_drafters())
     if MODEL_DRAFTER in load.drafters:
         raise ConfigError("drafters: 'draft_model' comes with draft_model=..., do not list it")
     return load.drafters
+
+
+def _unasked_drafters() -> Iterator[str]:
+    """All that need nothing but tokens; a broken plug-in is skipped, for nobody named it."""
+    try:
+        for part in DRAFTERS:
+            if _needs_only_tokens(part.name):
+                yield part.name
+    except ConfigError as error:  # two plug-ins of one name: neither can be meant
+        logger.warning("plug-ins skipped: %s", error)
+
+
+def _needs_only_tokens(name: str) -> bool:
+    try:
+        return bool(DRAFTERS.load(name).warmth is Warmth.R0)
+    except ConfigError as error:
+        logger.warning("plug-in skipped: %s", error)
+        return False
 
 
 def _make_drafter(name: str) -> Drafter:
@@ -171,7 +192,8 @@ def _model_drafter(
 ) -> ModelDrafter:
     network = _load(load, name)
     _check_pair(load, name, target, network.spec, tokenizer)
-    max_model_len = min(config.model_len(target), network.spec.max_positions)
+    affordable = replace(config, max_model_len=None).model_len(network.spec)
+    max_model_len = min(config.model_len(target), affordable)
     runner, manager = _with_pool(network, config, max_model_len)
     return ModelDrafter(runner, manager, target.vocab_size)
 

@@ -1,5 +1,6 @@
 """EngineConfig: how large a step is, how much KV there is, what is cached."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -11,7 +12,8 @@ from outrider.errors import ConfigError, unknown
 from outrider.models.base import ModelSpec
 
 CPU_KV_BYTES = 1 << 30
-GPU_KV_SHARE = 0.8
+GPU_KV_SHARE = 0.5
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,11 @@ class EngineConfig:
     Attributes:
         max_num_seqs: most sequences running at once.
         max_num_batched_tokens: most rows (prompt tokens, decoded tokens and draft nodes) a step.
-        max_model_len: longest sequence, prompt and output; None is the model's own limit.
+        max_model_len: longest sequence, prompt and output; None is the model's own limit, or what
+            the KV memory holds if that is less.
         block_size: tokens per KV block.
         kv_cache_memory_bytes: for the target's KV and again for the draft model's; None is 1 GiB
-            on the CPU and 80 % of what is free on a GPU, but never more than
+            on the CPU and half of what is free on a GPU, but never more than
             max_num_seqs * max_model_len tokens need.
         enable_prefix_caching: share KV of equal prefixes within a tenant.
         long_prefill_token_threshold: most prompt tokens of one sequence per step; 0 is no limit.
@@ -63,15 +66,27 @@ class EngineConfig:
         return cls(**values)
 
     def model_len(self, spec: ModelSpec) -> int:
-        """Longest sequence for this model."""
+        """Longest sequence for this model, before its KV pool takes the memory."""
         if self.max_model_len is None:
-            return spec.max_positions
+            return self._affordable_len(spec)
         if self.max_model_len > spec.max_positions:
             raise ConfigError(
                 f"max_model_len={self.max_model_len}: {spec.name} has {spec.max_positions} "
                 "positions; ask for no more"
             )
         return self.max_model_len
+
+    def _affordable_len(self, spec: ModelSpec) -> int:
+        per_block = KVPool.bytes_per_block(spec.kv_shapes, self.block_size, spec.dtype)
+        num_tokens = self._kv_bytes(spec.device) // per_block * self.block_size
+        if num_tokens >= spec.max_positions:
+            return spec.max_positions
+        logger.warning(
+            "max_model_len is %d of the %d positions of %s: KV for more does not fit; raise "
+            "kv_cache_memory_bytes",
+            num_tokens, spec.max_positions, spec.name,
+        )  # fmt: skip
+        return max(num_tokens, 1)
 
     def num_blocks(self, spec: ModelSpec, max_model_len: int) -> int:
         """KV blocks for a model: what memory allows, or what could ever be used.

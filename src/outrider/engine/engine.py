@@ -13,7 +13,6 @@ from outrider.engine.scheduler import Scheduler
 from outrider.engine.stats import EngineStats
 from outrider.errors import RequestError
 from outrider.models.runner import Runner
-from outrider.registry import VERIFIERS
 from outrider.request import Request
 from outrider.sampling.grammar import GrammarCompiler
 from outrider.sampling.rng import fold
@@ -62,7 +61,7 @@ class Engine:
         self.scheduler = Scheduler(config, manager)
         self.controller = FixedController(self.max_model_len)
         self.verifiers = Verifiers()
-        self.streamer = Streamer(tokenizer, _exactness())
+        self.streamer = Streamer(tokenizer, _exactness)
         self.committer = Committer(
             manager, runner.pool, self.streamer, self.spec.eos_token_ids, self.max_model_len
         )
@@ -235,5 +234,5 @@ class Engine:
         return events
 
 
-def _exactness() -> dict[str, str]:
-    return {name: str(verifier(name).exactness.value) for name in VERIFIERS.names()}
+def _exactness(name: str) -> str:
+    return str(verifier(name).exactness.value)

@@ -142,7 +142,7 @@ class LLM:
         )
         requests = [
             make_request(
-                f"request-{next(self._ids)}",
+                self.new_request_id(),
                 prompt,
                 params,
                 speculation_params(spec),
@@ -157,6 +157,15 @@ class LLM:
             yield from self._serve(requests, {} if outputs is None else outputs)
         finally:
             self._dismiss(requests)
+
+    def new_request_id(self) -> str:
+        """A name that no other request of this engine was given."""
+        return f"request-{next(self._ids)}"
+
+    def flush(self) -> None:
+        """Lets aborted requests leave the engine; whoever else is in it takes one step."""
+        if self.engine.has_work():
+            self._step()
 
     def _serve(self, requests: list[Request], outputs: dict[str, RequestOutput]) -> Iterator[Event]:
         inbox: deque[Event] = deque()
@@ -184,8 +193,7 @@ class LLM:
         for request in requests:
             self.engine.abort(request.id)
             self._inboxes.pop(request.id, None)
-        if self.engine.has_work():
-            self._step()
+        self.flush()
 
     def _check_speculation(self) -> None:
         """The default is refused at once where no request could be served with it."""

@@ -62,6 +62,10 @@ class RequestOutput:
         return self.completions[0].finish_reason
 
     @property
+    def error(self) -> str:
+        return self.completions[0].error
+
+    @property
     def metrics(self) -> RequestMetrics:
         return self.completions[0].metrics
 

@@ -1,5 +1,7 @@
 """What a request asks of speculation, checked against this engine, with every default filled in."""
 
+from dataclasses import fields
+
 from outrider.draft.base import Drafter
 from outrider.draft.drafters import Drafters
 from outrider.errors import ConfigError, PairError, RequestError, unknown
@@ -31,7 +33,8 @@ def resolve(
     """
     rule = _rule(params, sampling)
     name = params.method if params.method is not None else default
-    if params.is_off or name in ("", OFF):
+    if name in ("", OFF):
+        _refuse_unused(params, name)
         return Speculation(verifier=rule.name)
     drafter = _drafter(name, drafters)
     _check_model(params, name, draft_model)
@@ -48,6 +51,8 @@ def resolve(
             f"width={params.width}: the verifier {rule.name!r} takes chains only; "
             "use width=1 or verifier='sampled'"
         )
+    if params.is_off:
+        return Speculation(verifier=rule.name)
     low, high = _lookup(params)
     k = params.num_draft_tokens
     return Speculation(
@@ -59,6 +64,18 @@ def resolve(
         prompt_lookup_min=low,
         prompt_lookup_max=high,
     )
+
+
+def _refuse_unused(params: SpeculationParams, name: str) -> None:
+    """Nothing that only a drafter could honour may stand beside plain decoding."""
+    usual = SpeculationParams()
+    for field in fields(params):
+        value = getattr(params, field.name)
+        is_usual = value == getattr(usual, field.name) or field.name in ("method", "verifier")
+        if is_usual or (field.name == "num_draft_tokens" and value == 0):
+            continue
+        remedy = "drop it" if name == OFF else "name a method, or load draft_model=..."
+        raise RequestError(f"{field.name}={value!r}: nothing is drafted here; {remedy}")
 
 
 def _rule(params: SpeculationParams, sampling: SamplingParams) -> Verifier:

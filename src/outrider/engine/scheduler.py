@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Iterator
 
 from outrider.cache.table import BlockManager
+from outrider.control.controller import usable
 from outrider.engine.config import EngineConfig
 from outrider.sequence import Sequence, Status
 from outrider.step import Batch, Row
@@ -111,8 +112,11 @@ class Scheduler:
         for row in rows:
             spec, table = row.seq.speculation, row.seq.table
             end = row.seq.num_cached + row.num_tokens
-            room = (self.manager.num_free + len(table.blocks)) * self.config.block_size - end
-            wanted = spec.num_draft_tokens * spec.width if row.reaches_end else 0
+            # A cached block gives way only where none is empty: drafts may be rejected.
+            num_blocks = self.manager.num_empty or min(1, self.manager.num_free)
+            room = (num_blocks + len(table.blocks)) * self.config.block_size - end
+            depth = min(spec.num_draft_tokens, usable(row.seq, self.config.max_model_len))
+            wanted = depth * spec.width if row.reaches_end else 0
             nodes = min(wanted, budget, room)
             self.manager.reserve(table, end + nodes)
             wider.append(row._replace(max_draft_nodes=nodes))

@@ -40,7 +40,9 @@ def resolve(name: str, revision: str | None = None) -> Path:
 def _shipped(name: str) -> Path:
     folder = Path(str(files("outrider"))) / SHIPPED[name]
     if not (folder / "config.json").is_file():
-        raise ModelError(f"the shipped model {name!r} is not there yet: run `outrider train demo`")
+        raise ModelError(
+            f"the shipped model {name!r} is missing from this installation: install outrider again"
+        )
     return folder
 
 

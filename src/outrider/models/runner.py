@@ -75,8 +75,7 @@ class Runner:
             tokens += piece.tree.tokens
             spans.append(_span(piece))
         logits_RV = self._forward(tokens, spans, wanted)
-        argmax_R = logits_RV.argmax(dim=-1).tolist() if wanted else []
-        return TargetOutput(logits_RV, first, argmax_R)
+        return TargetOutput(logits_RV, first, _argmax(logits_RV) if wanted else [])
 
     def _forward(self, tokens: list[int], spans: list[Span], wanted: list[int]) -> Tensor:
         device = self.network.spec.device
@@ -87,6 +86,12 @@ class Runner:
             self.pool.layers,
             torch.tensor(wanted, dtype=torch.long, device=device),
         )
+
+
+def _argmax(logits_RV: Tensor) -> list[int]:
+    """The likeliest token of each row, the lowest id of equals; -1 where logits are no numbers."""
+    peak_R, token_R = logits_RV.max(dim=-1)
+    return torch.where(peak_R.isfinite(), token_R, -1).tolist()
 
 
 def _span(piece: Piece) -> Span:

@@ -9,6 +9,7 @@ Shape legend: N rows, I/O input/output width.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from outrider.ops.base import Linear
 
-PROBED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 80)
+MAX_ROWS = 64
+PROBED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 48, 56, 63, 64)
 TILE = 8
+logger = logging.getLogger(__name__)
 Maker = Callable[[Tensor, Tensor | None], Linear]
 
 
@@ -79,9 +82,24 @@ CANDIDATES: dict[str, Maker] = {
 
 
 def invariant(weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
-    """A linear layer (float32, CPU) whose rows are bitwise independent of their company."""
+    """A linear layer (float32, CPU) whose rows are bitwise independent of their company.
+
+    No product has more than `MAX_ROWS` rows: larger ones were not probed, and libraries change
+    their plan where rows outnumber threads.
+    """
     name = chosen(*weight_OI.shape, bias_O is not None, torch.get_num_threads())
-    return CANDIDATES[name](weight_OI, bias_O)
+    return in_pieces(CANDIDATES[name](weight_OI, bias_O))
+
+
+def in_pieces(linear: Linear) -> Linear:
+    """The same layer with at most `MAX_ROWS` rows per product."""
+
+    def pieces(x_NI: Tensor) -> Tensor:
+        if x_NI.shape[0] <= MAX_ROWS:
+            return linear(x_NI)
+        return torch.cat([linear(piece) for piece in x_NI.split(MAX_ROWS)])
+
+    return pieces
 
 
 @functools.cache
@@ -98,6 +116,10 @@ def chosen(num_outputs: int, num_inputs: int, has_bias: bool, num_threads: int) 
                 return name
         except (RuntimeError, AttributeError, NotImplementedError):
             continue  # this build of torch has no such kernel
+    logger.warning(
+        "no linear kernel for %d x %d keeps its bits with %d threads: near ties may flip",
+        num_outputs, num_inputs, num_threads,
+    )  # fmt: skip
     return "tiled"
 
 

@@ -64,7 +64,8 @@ class TorchOps:
 
     Args:
         batch_invariant: keep rows bitwise independent of their company where that is possible
-            (float32 on the CPU); otherwise `F.linear` as it comes.
+            (float32 on the CPU); otherwise `F.linear` as it comes, and `is_batch_invariant` turns
+            False with the first such layer.
     """
 
     name = "torch"
@@ -92,6 +93,7 @@ class TorchOps:
         is_reference = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
         if self.is_batch_invariant and is_reference:
             return linear.invariant(weight_OI, bias_O)
+        self.is_batch_invariant = False
         return linear.plain(weight_OI, bias_O)
 
     def write_kv(self, kv: LayerKV, keys_NGD: Tensor, values_NGE: Tensor, layout: Layout) -> None:
@@ -180,9 +182,12 @@ def _pieces(lane: Lane) -> list[Lane]:
 
 
 def _alike(lanes: list[Lane]) -> list[list[Lane]]:
-    """Short lanes (decode, verify) together; a long lane (prefill) by itself."""
-    short = [lane for lane in lanes if len(lane.rows) <= SHORT]
-    return ([short] if short else []) + [[lane] for lane in lanes if len(lane.rows) > SHORT]
+    """Short lanes (decode, verify) of similar length together; a long one (prefill) by itself."""
+    short: dict[int, list[Lane]] = {}
+    for lane in lanes:
+        if len(lane.rows) <= SHORT:
+            short.setdefault((len(lane.slots) // TILE).bit_length(), []).append(lane)
+    return [*short.values(), *([lane] for lane in lanes if len(lane.rows) > SHORT)]
 
 
 def _group(lanes: list[Lane], num_rows: int, device: torch.device) -> Group:

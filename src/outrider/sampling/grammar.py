@@ -153,13 +153,13 @@ class GrammarState:
     def _after(self, path: Sequence[int]) -> Iterator[bool]:
         """Whether the path is allowed, with the matcher at its end; then the walk is undone."""
         num_steps, is_allowed = 0, True
-        for token in path:
-            steps = self._accept(token)
-            if steps is None:
-                is_allowed = False
-                break
-            num_steps += steps
         try:
+            for token in path:
+                steps = self._accept(token)
+                if steps is None:
+                    is_allowed = False
+                    break
+                num_steps += steps
             yield is_allowed
         finally:
             self._matcher.rollback(num_steps)

@@ -70,7 +70,7 @@ class TargetLaws:
         return self._log_laws[node]
 
     def argmax(self, node: int) -> int:
-        if self._shaper.is_plain_greedy:
+        if self._shaper.is_plain_greedy and self._argmax_R[node + 1] >= 0:
             return self._argmax_R[node + 1]
         return int(self.log_law(node).argmax())
 

@@ -1,5 +1,6 @@
 """Streamer: from commits to events; the one place that knows what each client has been told."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from outrider.sequence import Sequence
@@ -39,10 +40,10 @@ class Streamer:
 
     Args:
         tokenizer: None serves token ids without text.
-        exactness: name of a verifier -> what it promises.
+        exactness: name of a verifier -> what it promises; asked when a completion ends.
     """
 
-    def __init__(self, tokenizer: Decoder | None, exactness: dict[str, str]) -> None:
+    def __init__(self, tokenizer: Decoder | None, exactness: Callable[[str], str]) -> None:
         self._tokenizer = tokenizer
         self._exactness = exactness
         self._told: dict[str, Told] = {}
@@ -105,7 +106,7 @@ class Streamer:
             accepted_histogram=tuple(told.histogram),
             drafter=seq.speculation.drafter,
             verifier=seq.speculation.verifier,
-            exactness=self._exactness[seq.speculation.verifier],
+            exactness=self._exactness(seq.speculation.verifier),
             num_preemptions=seq.num_preemptions,
         )
 

@@ -50,17 +50,24 @@ class ByteTokenizer:
         return bytes(i for i in ids if i > 3 or not skip_special_tokens).decode(errors="replace")
 
 
-def tiny_decoder(seed: int = 0, *, scale: float = 0.25, **config: Any) -> Decoder:
+def tiny_decoder(
+    seed: int = 0, *, scale: float = 0.25, noise: float = 0.0, **config: Any
+) -> Decoder:
     """A random Llama of two layers over 256 tokens.
 
     Args:
         scale: deviation of the weights; larger makes sharper laws.
+        noise: deviation of what is added to the weights of this seed; the less, the more often
+            the decoder agrees with the one without.
         config: keys of a Hugging Face config that shall differ.
     """
     read = DecoderConfig.from_dict({**TINY, **config})
     generator = torch.Generator().manual_seed(seed)
+    noise_generator = torch.Generator().manual_seed(seed + 1)
     tensors = {
-        name: torch.ones(shape) if len(shape) == 1 else _random(shape, scale, generator)
+        name: torch.ones(shape)
+        if len(shape) == 1
+        else _random(shape, scale, generator) + _random(shape, noise, noise_generator)
         for name, shape in tensor_shapes(read).items()
         if not (read.is_tied and name == "lm_head.weight")
     }
@@ -73,6 +80,7 @@ def tiny_engine(
     block_size: int = 4,
     drafters: Items[Drafter] | None = None,
     draft_seed: int | None = 0,
+    draft_noise: float = 0.0,
     target: Decoder | None = None,
     options: Mapping[str, Any] | None = None,
     **engine: Any,
@@ -82,6 +90,8 @@ def tiny_engine(
     Args:
         drafters: further drafters beside `ngram` and `draft_model`.
         draft_seed: seed of the draft model; 0 is the target itself, None loads none.
+        draft_noise: added to the draft model's weights; 0.01 on the target's own is accepted
+            about half of the time.
         options: fields of `EngineConfig`. engine: further arguments of `Engine`.
     """
     target = target or tiny_decoder()
@@ -90,7 +100,7 @@ def tiny_engine(
     )
     mine: list[Drafter] = [NgramDrafter(), *(drafters or ())]
     if draft_seed is not None:
-        runner, manager = _pooled(tiny_decoder(draft_seed), num_blocks, config)
+        runner, manager = _pooled(tiny_decoder(draft_seed, noise=draft_noise), num_blocks, config)
         mine.append(ModelDrafter(runner, manager, VOCAB_SIZE))
     runner, manager = _pooled(target, num_blocks, config)
     engine.setdefault("tokenizer", ByteTokenizer())

@@ -41,8 +41,8 @@ DRAFT = DecoderShape(
 SHARES = {"code": 0.33, "docs": 0.24, "books": 0.18, "math": 0.17, "dialogue": 0.08}
 WINDOW = 513
 BATCH_SIZE = 16
-NUM_TARGET_STEPS = 2400
-NUM_DRAFT_STEPS = 1600
+NUM_TARGET_STEPS = 1120
+NUM_DRAFT_STEPS = 700
 
 
 def train_demo(
