@@ -26,6 +26,8 @@ def contenders(model: str, draft: str, max_tokens: int, k: int) -> tuple[LLM, di
     llm = LLM(model, draft_model=draft)
     target = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=torch.float32).eval()
     assistant = AutoModelForCausalLM.from_pretrained(resolve(draft), dtype=torch.float32).eval()
+    for model_of_pair in (target, assistant):
+        model_of_pair.generation_config.eos_token_id = None  # go on past the end, as ignore_eos
     assistant.generation_config.num_assistant_tokens = k
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
@@ -41,7 +43,6 @@ def contenders(model: str, draft: str, max_tokens: int, k: int) -> tuple[LLM, di
                     torch.tensor([ids]),
                     attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                     max_new_tokens=max_tokens,
-                    min_new_tokens=max_tokens,
                     do_sample=False,
                     **options,
                 )

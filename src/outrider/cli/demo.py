@@ -34,7 +34,7 @@ PROMPTS: tuple[Prompt, ...] = (
 
 def demo(
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 96,
-    num_draft_tokens: Annotated[int, typer.Option(help="K of the draft model.")] = 4,
+    num_draft_tokens: Annotated[int, typer.Option(help="K of the draft model.")] = 3,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     as_json: Annotated[
