@@ -73,8 +73,10 @@ def test_attention_bits_do_not_depend_on_chunks_or_drafts(heads, groups, width, 
     assert torch.equal(tree[[0, 2, 3, 6]], alone[root:])
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 16])
 @pytest.mark.parametrize(("heads", "groups", "width"), SHAPES)
-def test_attention_bits_do_not_depend_on_company(heads, groups, width):
+def test_attention_bits_do_not_depend_on_company(heads, groups, width, num_threads):
+    torch.set_num_threads(num_threads)
     ops, world = TorchOps(), World(heads, groups, width, 210)
     layouts = [(0, 20, (), []), (150, 1, (-1, -1, 0), [151, -1, 152]), (70, 1, (), [])]
     rows = [world.run(ops, [span]) for span in layouts]
