@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from outrider.draft.drafters import Drafters
+from outrider.errors import ConfigError
 from outrider.request import Request, Speculation, SpeculationParams
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Batch, Commit, DraftTree, Row, RowPlan, TargetOutput
@@ -119,3 +120,10 @@ def test_in_an_engine_what_is_opened_is_closed_once():
     assert len(drafter.opened) == 4 + engine.stats.num_preemptions
     num_tokens = {key[0]: sum(len(e.token_ids) for e in es) for key, es in told.items()}
     assert {name.split("#")[0]: n for name, n in drafter.num_observed.items()} == num_tokens
+
+
+def test_a_drafter_that_needs_what_nobody_hands_out_is_refused():
+    drafter = ScriptedDrafter(junk(256))
+    drafter.needs = ("hidden states",)
+    with pytest.raises(ConfigError, match="'scripted' needs hidden states of the target"):
+        Drafters([drafter])

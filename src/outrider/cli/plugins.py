@@ -29,7 +29,7 @@ def _drafters() -> list[dict[str, Any]]:
     return [
         {
             "name": part.name,
-            "needs": list(getattr(drafter, "needs", ())),
+            "needs": list(drafter.needs),
             "warmth": drafter.warmth.value,
             "source": part.source,
         }

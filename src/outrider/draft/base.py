@@ -37,6 +37,8 @@ class Drafter(Protocol):
 
     Attributes:
         name: as registered.
+        needs: what of the target it asks for beside tokens, by name; () is nothing. An engine
+            refuses a drafter whose needs it cannot meet.
         warmth: what its state is made from.
         default_draft_tokens: K when the request does not say.
         max_width: most branches it can draw at the root (1: chains only).
@@ -45,6 +47,7 @@ class Drafter(Protocol):
     """
 
     name: str
+    needs: tuple[str, ...]
     warmth: Warmth
     default_draft_tokens: int
     max_width: int

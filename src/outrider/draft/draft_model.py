@@ -67,6 +67,7 @@ class ModelDrafter:
     """
 
     name = "draft_model"
+    needs: tuple[str, ...] = ()
     warmth = Warmth.R1
     default_draft_tokens = 4
     max_width = 1

@@ -3,14 +3,25 @@
 from collections.abc import Sequence as Items
 
 from outrider.draft.base import Drafter
+from outrider.errors import ConfigError
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Batch, Commit, DraftTree, Plan, TargetOutput
 
 
 class Drafters:
-    """All that can be asked for here; every one of them sees every commit."""
+    """All that can be asked for here; every one of them sees every commit.
+
+    Raises:
+        ConfigError: one needs more of the target than tokens, which no engine hands out yet.
+    """
 
     def __init__(self, drafters: Items[Drafter]) -> None:
+        for drafter in drafters:
+            if drafter.needs:
+                raise ConfigError(
+                    f"drafter {drafter.name!r} needs {', '.join(drafter.needs)} of the target, "
+                    "which this version does not hand out: leave it out of drafters=..."
+                )
         self._by_name = {drafter.name: drafter for drafter in drafters}
 
     def __contains__(self, name: str) -> bool:

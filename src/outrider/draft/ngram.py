@@ -41,6 +41,7 @@ class NgramDrafter:
     """Drafts from the sequence's own prompt and output; branches are matches of other lengths."""
 
     name = "ngram"
+    needs: tuple[str, ...] = ()
     warmth = Warmth.R0
     default_draft_tokens = 5
     max_width = 16

@@ -18,6 +18,7 @@ class ScriptedDrafter:
         num_observed: tokens seen in commits, by sequence id.
     """
 
+    needs: tuple[str, ...] = ()
     warmth = Warmth.R0
     default_draft_tokens = 4
     max_width = 16
