@@ -73,7 +73,7 @@ def register_a_free_block(manager: BlockManager, table: BlockTable) -> None:
 
 
 def swap_hashed_blocks(_: BlockManager, table: BlockTable) -> None:
-    table.blocks[:2] = reversed(table.blocks[:2])
+    table.blocks[0], table.blocks[1] = table.blocks[1], table.blocks[0]
 
 
 def hold_a_foreign_block(manager: BlockManager, table: BlockTable) -> None:

@@ -69,11 +69,12 @@ class NaiveOps:
 def paths_of(span: Span) -> list[Path]:
     """The path of each new row of a sequence: chain rows in order, then the tree's nodes."""
     num_context = span.num_cached + span.num_chain
-    chain = [Path(span.slots[: end + 1]) for end in range(span.num_cached, num_context)]
+    slots = span.slots()
+    chain = [Path(slots[: end + 1]) for end in range(span.num_cached, num_context)]
     nodes: list[Path] = []
     for node, parent in enumerate(span.parents):
         above = chain[-1] if parent < 0 else nodes[parent]
-        nodes.append(Path([*above.slots, span.slots[num_context + node]]))
+        nodes.append(Path([*above.slots, slots[num_context + node]]))
     return chain + nodes
 
 

@@ -1,5 +1,6 @@
 """Which blocks hold a sequence's KV (BlockTable), and who may have which block (BlockManager)."""
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from outrider.cache.eviction import EvictionOrder
 from outrider.cache.integrity import Holdings, check_holdings
 from outrider.cache.prefix_tree import Node, PrefixTree
 from outrider.errors import ConfigError
+from outrider.ops.base import slots_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,9 +30,7 @@ class BlockTable:
     salt: str
     node: Node
     epoch: int
-    blocks: list[int] = field(default_factory=list)
-    # The slots of `blocks`, spelled out: attention asks for the whole context in every pass.
-    _slots: list[int] = field(default_factory=list, repr=False)
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
 
     @property
     def num_hashed(self) -> int:
@@ -44,28 +44,13 @@ class BlockTable:
 
     def slots(self, start: int, stop: int) -> list[int]:
         """KV slots of positions [start, stop)."""
-        assert stop <= len(self._slots), f"positions [{start}, {stop}) are not reserved"
-        return self._slots[start:stop]
-
-    def extend(self, blocks: Sequence[int]) -> None:
-        self.blocks += blocks
-        for block in blocks:
-            self._slots += self._slots_of(block)
-
-    def replace(self, index: int, block: int) -> None:
-        self.blocks[index] = block
-        size = self.block_size
-        self._slots[index * size : (index + 1) * size] = self._slots_of(block)
+        return slots_of(self.blocks, self.block_size, start, stop)
 
     def cut(self, num_blocks: int) -> list[int]:
         """Shortens the table to `num_blocks` and returns the blocks that stood behind."""
-        dropped = self.blocks[num_blocks:]
+        dropped = self.blocks[num_blocks:].tolist()
         del self.blocks[num_blocks:]
-        del self._slots[num_blocks * self.block_size :]
         return dropped
-
-    def _slots_of(self, block: int) -> range:
-        return range(block * self.block_size, (block + 1) * self.block_size)
 
 
 class BlockCopy(NamedTuple):
@@ -145,7 +130,7 @@ class BlockManager:
         )
         for node in self._walk(table.node, tokens):
             self._hold(node.block)
-            table.extend([node.block])
+            table.blocks.append(node.block)
             table.node = node
         num_cached = len(table.blocks) * self.block_size
         if self.enable_prefix_caching:
@@ -166,7 +151,7 @@ class BlockManager:
             return True
         if num_missing > self.num_free:
             return False
-        table.extend(self._take(num_missing))
+        table.blocks.extend(self._take(num_missing))
         return True
 
     def make_writable(self, table: BlockTable, position: int) -> list[BlockCopy] | None:
@@ -184,7 +169,7 @@ class BlockManager:
             return None
         table.node = table.node.ancestor(min(first, table.num_hashed))
         for index, block in enumerate(self._take(len(old)), first):
-            table.replace(index, block)
+            table.blocks[index] = block
         self._drop(old)
         is_partial = position % self.block_size > 0
         return [BlockCopy(old[0], table.blocks[first])] if is_partial else []
@@ -228,7 +213,7 @@ class BlockManager:
         assert num_full <= table.num_hashed or not self._registers(table), "commit before a fork"
         if num_partial and not self.num_free:
             return None
-        shared = table.blocks[:num_full]
+        shared = table.blocks[:num_full].tolist()
         for block in shared:
             self._hold(block)
         own = self._take(1) if num_partial else []
@@ -238,7 +223,7 @@ class BlockManager:
             node=table.node.ancestor(min(num_full, table.num_hashed)),
             epoch=table.epoch,
         )
-        forked.extend(shared + own)
+        forked.blocks.extend(shared + own)
         return forked, [BlockCopy(table.blocks[num_full], block) for block in own]
 
     def free(self, table: BlockTable) -> None:
@@ -296,7 +281,7 @@ class BlockManager:
         if node.block != own:
             assert own not in self.tree, f"block {own} was overwritten with make_writable forgotten"
             self._hold(node.block)
-            table.replace(index, node.block)
+            table.blocks[index] = node.block
             self._drop([own])
 
     def _take(self, num_blocks: int) -> list[int]:

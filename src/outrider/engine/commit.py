@@ -118,10 +118,9 @@ class Committer:
 
     def _settle(self, seq: Sequence, num_before: int, accepted: tuple[int, ...]) -> None:
         """KV of the accepted path goes to the slots of its positions; a chain is there already."""
-        moved = [(num_before + node, num_before + i) for i, node in enumerate(accepted)]
-        moved = [(source, target) for source, target in moved if source != target]
+        moved = [(node, depth) for depth, node in enumerate(accepted) if node != depth]
         if moved:
-            slots = seq.table.slots(0, num_before + accepted[-1] + 1)
+            slots = seq.table.slots(num_before, num_before + accepted[-1] + 1)
             self.pool.copy_slots([slots[s] for s, _ in moved], [slots[t] for _, t in moved])
         seq.num_cached = min(num_before + len(accepted), len(seq.tokens) - 1)
         self.manager.commit(seq.table, seq.tokens, seq.num_cached)

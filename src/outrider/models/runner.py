@@ -3,6 +3,7 @@
 Shape legend: N rows of the pass, R rows whose logits are wanted, V vocabulary.
 """
 
+from array import array
 from collections.abc import Sequence as Items
 from typing import NamedTuple, Protocol
 
@@ -15,10 +16,11 @@ from outrider.ops.base import Span
 from outrider.step import Batch, DraftTree, TargetOutput
 
 
-class Slots(Protocol):
+class Blocks(Protocol):
     """What the runner needs of a block table."""
 
-    def slots(self, start: int, stop: int) -> list[int]: ...
+    blocks: "array[int]"
+    block_size: int
 
 
 class Piece(NamedTuple):
@@ -32,7 +34,7 @@ class Piece(NamedTuple):
         wants_logits: of the chain's last token and of the nodes.
     """
 
-    table: Slots
+    table: Blocks
     num_cached: int
     chain: Items[int]
     tree: DraftTree
@@ -95,5 +97,5 @@ def _argmax(logits_RV: Tensor) -> list[int]:
 
 
 def _span(piece: Piece) -> Span:
-    stop = piece.num_cached + len(piece.chain) + len(piece.tree)
-    return Span(piece.table.slots(0, stop), piece.num_cached, len(piece.chain), piece.tree.parents)
+    table, parents = piece.table, piece.tree.parents
+    return Span(table.blocks, piece.num_cached, len(piece.chain), parents, table.block_size)

@@ -4,7 +4,7 @@ Shape legend: N rows of the pass (all sequences, ragged), H query heads, G key/v
 width, S slots of a KV pool, I/O input/output width of a linear layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -21,25 +21,86 @@ class LayerKV(NamedTuple):
     values: Tensor
 
 
+class Int8Weight(NamedTuple):
+    """A linear weight in 8 bits: W_OI = values_OI * scales_O.
+
+    Attributes:
+        values: int8 [O, I], in [-127, 127].
+        scales: float32 [O].
+        activation_bits: how inputs are rounded before the integer product, each row by its own
+            largest magnitude; 0 leaves them in float32.
+    """
+
+    values: Tensor
+    scales: Tensor
+    activation_bits: int = 14
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+
+class Int4Weight(NamedTuple):
+    """A linear weight in 4 bits: W_OI = (nibble - 8) * scale of its row and group of `GROUP` inputs.
+
+    Attributes:
+        packed: uint8 [O, P / 2], P = inputs padded to a multiple of 64: byte i of each 32 holds
+            input i of its 64 in the low nibble and input i + 32 in the high one; padding is 8.
+        scales: float32 [O, P / GROUP].
+        num_inputs: I.
+        activation_bits: as in Int8Weight.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    num_inputs: int
+    activation_bits: int = 14
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.packed.shape[0], self.num_inputs))
+
+
+GROUP = 32
+Weight: TypeAlias = Tensor | Int8Weight | Int4Weight
+
+
 class Span(NamedTuple):
     """One sequence's rows in a pass: a chain of committed tokens, then the nodes of a tree.
 
     Attributes:
-        slots: KV slots of the sequence in order of position: `num_cached` cached ones, then one
-            per new row (chain first, then nodes).
+        blocks: the sequence's block table (an `array("i")` is read where it lies): place i of the
+            sequence is slot blocks[i // block_size] * block_size + i % block_size. Places go
+            `num_cached` cached positions first, then one per new row (chain first, then nodes).
         num_cached: positions that have KV already.
         num_chain: committed tokens run in this pass (at least 1).
         parents: per draft node its parent among the nodes, -1 for the last token of the chain.
+        block_size: slots of a block; 1 makes `blocks` a list of slots.
     """
 
-    slots: list[int]
+    blocks: Sequence[int]
     num_cached: int
     num_chain: int
     parents: tuple[int, ...] = ()
+    block_size: int = 1
 
     @property
     def num_rows(self) -> int:
         return self.num_chain + len(self.parents)
+
+    def slots(self) -> list[int]:
+        """The slot of every place of the sequence."""
+        return slots_of(self.blocks, self.block_size, 0, self.num_cached + self.num_rows)
+
+
+def slots_of(blocks: Sequence[int], block_size: int, start: int, stop: int) -> list[int]:
+    """Slots of the places [start, stop) of a block table."""
+    assert stop <= len(blocks) * block_size, f"places [{start}, {stop}) are not reserved"
+    if block_size == 1:
+        return list(blocks[start:stop])
+    first, last = start // block_size, -(-stop // block_size)
+    slots = [s for b in blocks[first:last] for s in range(b * block_size, (b + 1) * block_size)]
+    return slots[start - first * block_size : stop - first * block_size]
 
 
 class Window(NamedTuple):

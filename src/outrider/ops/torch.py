@@ -78,8 +78,9 @@ class TorchOps:
         positions: list[int] = []
         lanes: list[Lane] = []
         for span in spans:
-            lanes += _lanes(span, len(slots))
-            slots += span.slots[span.num_cached :]
+            places = span.slots()
+            lanes += _lanes(span, places, len(slots))
+            slots += places[span.num_cached :]
             positions += _positions(span)
         groups = [_group(part, len(slots), device) for part in _alike(lanes)]
         return Layout(
@@ -137,7 +138,7 @@ def _positions(span: Span) -> list[int]:
     return positions + [root + depth for depth in depths]
 
 
-def _lanes(span: Span, first_row: int) -> list[Lane]:
+def _lanes(span: Span, places: list[int], first_row: int) -> list[Lane]:
     """One lane for the chain with the first root-to-leaf path, one per further leaf."""
     num_context = span.num_cached + span.num_chain
     chain = list(range(span.num_chain))
@@ -147,7 +148,7 @@ def _lanes(span: Span, first_row: int) -> list[Lane]:
         fresh = [node for node in path if node not in placed]
         placed.update(fresh)
         offsets = (chain if not lanes else []) + [span.num_chain + node for node in fresh]
-        slots = span.slots[:num_context] + [span.slots[num_context + node] for node in path]
+        slots = places[:num_context] + [places[num_context + node] for node in path]
         depth_of = {node: depth for depth, node in enumerate(path)}
         positions = [] if lanes else [span.num_cached + i for i in chain]
         positions += [num_context + depth_of[node] for node in fresh]
