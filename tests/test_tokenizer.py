@@ -13,7 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from outrider.errors import RequestError, TokenizerError
 from outrider.request import SamplingParams
 from outrider.sampling.grammar import GrammarCompiler
-from outrider.tokenizer import Tokenizer, check_messages, load_tokenizer, same_vocabulary
+from outrider.tokenizer import (
+    Tokenizer,
+    TransformersTokenizer,
+    check_messages,
+    load_tokenizer,
+    same_vocabulary,
+)
 
 TEXT = ["the cat sat on the mat , and the dog did not .", "she said it's  two  spaces !"] * 20
 AWKWARD = ["a , b .", " leading", "trailing ", "two  spaces", "don 't", "naïve 🐈\n\tx", ""]
@@ -245,3 +251,23 @@ def test_real_sentencepiece(shared_data: Path) -> None:
     reason = same_vocabulary(tokenizer, other)
     assert reason is not None
     assert reason.startswith("token '")
+
+
+def test_decoding_without_the_detour_reads_the_same(bpe: Tokenizer) -> None:
+    """The Rust tokenizer is asked directly; ids beyond it, and special ones, as its owner says."""
+    for ids in ([], [0, 5, 299, 1], list(range(300)), [5, 10**6], [10**6]):
+        for skips in (True, False):
+            known = [i for i in ids if i < bpe.vocab_size]
+            told = bpe.backend.decode(
+                known, skip_special_tokens=skips, clean_up_tokenization_spaces=False
+            )
+            assert bpe.decode(ids, skips) == told
+
+
+def test_a_backend_that_reads_in_its_own_way_is_asked(bpe: Tokenizer) -> None:
+    class Loud(type(bpe.backend)):  # type: ignore[misc]
+        def _decode(self, *args: Any, **kwargs: Any) -> str:
+            return str(super()._decode(*args, **kwargs)).upper()
+
+    loud = Loud(tokenizer_object=bpe.backend.backend_tokenizer)
+    assert TransformersTokenizer(loud).decode(bpe.encode("the cat"), True) == "THE CAT"

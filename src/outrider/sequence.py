@@ -1,5 +1,6 @@
 """How far a request has come: Sequence, the one mutable record of a request in flight."""
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -27,6 +28,7 @@ class Sequence:
         index: which of the request's n completions this is.
         tokens: committed tokens, prompt first (filled by the committer).
         num_prompt: how many of them are the prompt.
+        max_len: most tokens that prompt and `max_tokens` allow, the model's limit left aside.
         num_cached: tokens with KV in the target's pool, in [0, len(tokens)).
         table: the target's block table (a `cache.table.BlockTable`; owned by the scheduler).
         seed: the request's seed with the completion's index folded in.
@@ -48,6 +50,7 @@ class Sequence:
     speculation: Speculation = Speculation()
     shaper: Any = None
     num_prompt: int = 0
+    max_len: int = field(init=False)
     num_cached: int = 0
     status: Status = Status.WAITING
     arrival: int = 0
@@ -61,6 +64,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt = self.num_prompt or len(self.tokens)
+        max_tokens = self.request.sampling.max_tokens
+        self.max_len = sys.maxsize if max_tokens is None else self.num_prompt + max_tokens
 
     @property
     def num_generated(self) -> int:

@@ -6,6 +6,7 @@ D hidden width.
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -57,7 +58,7 @@ class RowPlan(NamedTuple):
 Plan: TypeAlias = list[RowPlan]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DraftTree:
     """Proposed tokens with parents; topological order, siblings in the order they were drawn.
 
@@ -85,12 +86,12 @@ class DraftTree:
         cls, tokens: Items[int], source: str, laws: Items[torch.Tensor | None] = ()
     ) -> "DraftTree":
         """A tree of degree one."""
-        parents = tuple(range(-1, len(tokens) - 1))
+        parents = _chain_parents(len(tokens))
         return cls(tokens=tuple(tokens), parents=parents, laws=tuple(laws), source=source)
 
     @property
     def is_chain(self) -> bool:
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+        return self.parents == _chain_parents(len(self.parents))
 
     def law(self, node: int) -> torch.Tensor | None:
         return self.laws[node] if self.laws else None
@@ -117,8 +118,15 @@ class DraftTree:
     def check(self) -> None:
         """AssertionError where the tree breaks its own rules (a drafter's bug, not a user's)."""
         assert len(self.parents) == len(self.tokens), "one parent per token"
-        assert all(-1 <= p < i for i, p in enumerate(self.parents)), "parents before children"
+        if not self.is_chain:
+            for node, parent in enumerate(self.parents):
+                assert -1 <= parent < node, "parents before children"
         assert len(self.laws) in (0, len(self.tokens)), "one law per token, or none at all"
+
+
+@cache
+def _chain_parents(length: int) -> tuple[int, ...]:
+    return tuple(range(-1, length - 1))
 
 
 EMPTY_TREE = DraftTree()
@@ -154,8 +162,7 @@ class Verdict(NamedTuple):
     error: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Commit:
+class Commit(NamedTuple):
     """What one step added to one sequence.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Text to token ids and back: tokenizers of `transformers`, and bare SentencePiece models."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,16 +106,13 @@ class TransformersTokenizer:
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.eos_token_id: int | None = backend.eos_token_id
         self.special_ids = frozenset(backend.all_special_ids)
+        self._decode = _decoder(backend, self.vocab_size)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        known = [token_id for token_id in ids if 0 <= token_id < self.vocab_size]
-        text = self.backend.decode(
-            known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        return self._decode(ids, skip_special_tokens)
 
     def apply_chat_template(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
@@ -237,6 +234,25 @@ def _load_transformers(folder: Path) -> Tokenizer:
         # Tokenizer classes fail in as many ways as there are formats.
         raise _unreadable(folder, error) from error
     return TransformersTokenizer(backend)
+
+
+def _decoder(backend: Any, vocab_size: int) -> Callable[[Sequence[int], bool], str]:
+    """The backend's way from ids to text; its Rust part directly where nothing else has a say."""
+    from transformers import PreTrainedTokenizerFast
+
+    def decode(ids: Sequence[int], skips_special: bool) -> str:
+        known = [token_id for token_id in ids if 0 <= token_id < vocab_size]
+        return str(
+            backend.decode(
+                known, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False
+            )
+        )
+
+    names = ("decode", "_decode")
+    if any(getattr(type(backend), n, n) is not getattr(PreTrainedTokenizerFast, n) for n in names):
+        return decode
+    rust: Callable[[Sequence[int], bool], str] = backend.backend_tokenizer.decode
+    return rust
 
 
 def _load_sentencepiece(path: Path) -> Tokenizer:

@@ -22,6 +22,7 @@ from outrider.models.loader import load_decoder
 from outrider.models.weights import tensor_shapes
 from outrider.ops.base import Ops, Span
 from outrider.ops.torch import TorchOps
+from tests.kernels import make_ops
 from tests.models.tiny import (
     BASE,
     MAX_POSITIONS,
@@ -136,19 +137,42 @@ class Case(NamedTuple):
         return reference_logits(self.model, tokens)
 
 
+class Checkpoint(NamedTuple):
+    folder: Path
+    model: Any
+
+    def case(self, ops: Ops) -> Case:
+        return Case(self.folder, self.model, load_decoder(self.folder, ops=ops))
+
+
+@pytest.fixture(scope="module", params=["torch", "cpu"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return make_ops(request.param)
+
+
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
     config_class, options = CASES[request.param]
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = write_tiny(folder, config_class, **options)
-    return Case(folder, model, load_decoder(folder, ops=TorchOps()))
+    return Checkpoint(folder, write_tiny(folder, config_class, **options))
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(checkpoint: Checkpoint, ops: Ops) -> Case:
+    return checkpoint.case(ops)
+
+
+@pytest.fixture(scope="module")
+def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("llama")
-    model = write_tiny(folder)
-    return Case(folder, model, load_decoder(folder, ops=TorchOps()))
+    return Checkpoint(folder, write_tiny(folder))
+
+
+@pytest.fixture(scope="module")
+def llama(llama_checkpoint: Checkpoint, ops: Ops) -> Case:
+    return llama_checkpoint.case(ops)
 
 
 def slots_of(sequence: int, num_slots: int) -> list[int]:
@@ -256,11 +280,13 @@ def test_only_wanted_rows_have_logits(llama: Case) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"config_class": "Qwen3Config", "head_dim": 24}])
-def test_rows_keep_their_bits_in_any_company(options: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_keep_their_bits_in_any_company(
+    options: dict[str, Any], ops: Ops, tmp_path: Path
+) -> None:
     # Widths that are no multiples of a vector, in passes large enough for several threads.
     torch.set_num_threads(2)
     write_tiny(tmp_path, hidden_size=72, intermediate_size=1003, **options)
-    decoder = load_decoder(tmp_path, ops=TorchOps())
+    decoder = load_decoder(tmp_path, ops=ops)
     prompt = [(13 * i) % VOCAB for i in range(67)]
     slots = list(range(len(prompt)))
     (whole,) = Passes(decoder)((Span(slots, 0, len(prompt)), prompt))
@@ -287,7 +313,8 @@ def test_silu_of_extremes() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_width(dtype: str, case: Case) -> None:
+def test_half_width(dtype: str, checkpoint: Checkpoint) -> None:
+    case = checkpoint.case(TorchOps())
     decoder = load_decoder(case.folder, ops=TorchOps(), dtype=dtype)
     (ours,) = Passes(decoder)((Span(slots_of(0, len(PROMPT)), 0, len(PROMPT)), PROMPT))
     assert decoder.spec.dtype == getattr(torch, dtype)
@@ -295,7 +322,8 @@ def test_half_width(dtype: str, case: Case) -> None:
     assert difference(ours, case.expected(PROMPT)) < (0.2 if dtype == "bfloat16" else 0.03)
 
 
-def test_bfloat16_rounds_as_transformers_does(llama: Case) -> None:
+def test_bfloat16_rounds_as_transformers_does(llama_checkpoint: Checkpoint) -> None:
+    llama = llama_checkpoint.case(TorchOps())
     decoder = load_decoder(llama.folder, ops=TorchOps(), dtype="bfloat16")
     (ours,) = Passes(decoder)((Span(slots_of(0, len(PROMPT)), 0, len(PROMPT)), PROMPT))
     theirs = reference_logits(copy.deepcopy(llama.model).bfloat16(), PROMPT)
@@ -305,7 +333,8 @@ def test_bfloat16_rounds_as_transformers_does(llama: Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("auto", 0.2)])
-def test_on_a_gpu(dtype: str, tolerance: float, case: Case, tmp_path: Path) -> None:
+def test_on_a_gpu(dtype: str, tolerance: float, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    case = checkpoint.case(TorchOps())
     copy.deepcopy(case.model).bfloat16().save_pretrained(tmp_path)
     folder = tmp_path if dtype == "auto" else case.folder
     decoder = load_decoder(folder, ops=TorchOps(), dtype=dtype, device="cuda")
@@ -319,9 +348,9 @@ def test_on_a_gpu(dtype: str, tolerance: float, case: Case, tmp_path: Path) -> N
         assert difference(ours[1 + node], case.expected(tokens)[-1]) < tolerance
 
 
-def test_context_longer_than_the_first_rope_table(tmp_path: Path) -> None:
+def test_context_longer_than_the_first_rope_table(ops: Ops, tmp_path: Path) -> None:
     model = write_tiny(tmp_path, max_position_embeddings=4096, num_hidden_layers=1)
-    decoder = load_decoder(tmp_path, ops=TorchOps())
+    decoder = load_decoder(tmp_path, ops=ops)
     run, prompt = Passes(decoder, 1200), [(3 * i) % VOCAB for i in range(1100)]
     run((Span(list(range(1000)), 0, 1000), prompt[:1000]))
     (ours,) = run((Span(list(range(1100)), 1000, 100), prompt[1000:]))
@@ -351,13 +380,13 @@ def test_from_a_dict_of_tensors_that_is_emptied() -> None:
     assert (decoder.spec.name, decoder.spec.eos_token_ids) == ("mine", (7,))
 
 
-def test_tied_head_that_differs_from_the_embedding_is_kept() -> None:
+def test_tied_head_that_differs_from_the_embedding_is_kept(ops: Ops) -> None:
     config = DecoderConfig.from_dict({"model_type": "llama", **BASE, "tie_word_embeddings": True})
     tensors = random_tensors(config)
     untied = DecoderConfig.from_dict({"model_type": "llama", **BASE})
     span = Span(list(range(5)), 0, 5)
-    (ours,) = Passes(Decoder(config, dict(tensors), TorchOps()))((span, PROMPT[:5]))
-    (theirs,) = Passes(Decoder(untied, dict(tensors), TorchOps()))((span, PROMPT[:5]))
+    (ours,) = Passes(Decoder(config, dict(tensors), ops))((span, PROMPT[:5]))
+    (theirs,) = Passes(Decoder(untied, dict(tensors), ops))((span, PROMPT[:5]))
     assert torch.equal(ours, theirs)
 
 

@@ -1,9 +1,11 @@
 """TargetLaws: the row of each node, its own path, and nothing for nodes nobody visits."""
 
+import pytest
 import torch
 
+from outrider.errors import RequestError
 from outrider.request import SamplingParams
-from outrider.sampling.laws import TargetLaws
+from outrider.sampling.laws import TargetLaws, shape_roots
 from outrider.sampling.rng import RootStream
 from outrider.sampling.shaper import Shaper
 from outrider.step import DraftTree
@@ -20,9 +22,9 @@ class Counted(Shaper):
         super().__init__(sampling, vocab_size=V, eos_token_ids=[0], bad_words_ids=(), num_prompt=3)
         self.paths: list[tuple[int, ...]] = []
 
-    def log_law(self, logits_V, tokens, path=(), mask_V=None):
+    def shape(self, logits_V, tokens, path=(), mask_V=None):
         self.paths.append(tuple(path))
-        return super().log_law(logits_V, tokens, path, mask_V)
+        return super().shape(logits_V, tokens, path, mask_V)
 
 
 class AfterPath:
@@ -86,3 +88,47 @@ def test_a_draw_follows_the_law():
     p, _ = laws(SamplingParams(temperature=1.0, top_k=2))
     stream = RootStream(1, 1, "verify")
     assert {p.draw(-1, stream) for _ in range(100)} == set(rows()[0].topk(2).indices.tolist())
+
+
+def test_roots_are_shaped_together_where_a_temperature_is_all_and_keep_their_bits():
+    """Two trees in one pass, between rows of others, and a request that asks for more."""
+    logits_NV = torch.randn(7, V, generator=torch.Generator().manual_seed(5))
+    argmax = logits_NV.argmax(dim=1).tolist()
+    asked = [
+        (SamplingParams(temperature=0.7), 1),
+        (SamplingParams(temperature=1.3, top_k=3), 3),
+        (SamplingParams(temperature=1.3), 5),
+        (SamplingParams(), 6),
+    ]
+    alone, together = (
+        [
+            TargetLaws(Counted(s), logits_NV, argmax, TOKENS, TREE.path_tokens, None, first)
+            for s, first in asked
+        ]
+        for _ in range(2)
+    )
+    shape_roots(logits_NV, together)
+    for p, twin in zip(together, alone, strict=True):
+        assert torch.equal(p.law(-1), twin.law(-1))
+        assert torch.equal(p.log_law(-1), twin.log_law(-1))
+    assert [len(p.shaper.paths) for p in together] == [1, 1, 1, 1], "for log_law, and unlike rows"
+
+
+def test_a_root_that_is_no_number_fails_when_it_is_asked_for():
+    logits_NV = torch.stack([torch.zeros(V), torch.full((V,), float("nan"))])
+    sound, broken = (
+        TargetLaws(
+            Counted(SamplingParams(temperature=1.0)),
+            logits_NV,
+            [0, -1],
+            TOKENS,
+            TREE.path_tokens,
+            None,
+            first,
+        )
+        for first in (0, 1)
+    )
+    shape_roots(logits_NV, [sound, broken])
+    assert torch.allclose(sound.law(-1), torch.full((V,), 1 / V, dtype=torch.float64))
+    with pytest.raises(RequestError, match="nan"):
+        broken.law(-1)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 from outrider.sampling.rng import PositionStream, RootStream, fold
 
@@ -180,6 +181,18 @@ def test_pick_is_the_argmax_of_log_law_plus_noise():
     for i in range(50):
         scores_V = law_V.log() + stream.noise(50 + i, 100)
         assert stream.pick(law_V) == int(scores_V.argmax())
+
+
+@given(st.integers(1, 3000), st.floats(0.0, 30.0), st.integers(0, 10**6))
+def test_the_few_contenders_hold_the_argmax_of_all(size, spread, seed):
+    """Flat laws, peaked laws, and laws with zeros, against the definition over all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_V = torch.randn(size, generator=generator, dtype=torch.float64) * spread
+    logits_V[torch.rand(size, generator=generator) < 0.3] = -math.inf
+    logits_V[seed % size] = 0.0
+    law_V = logits_V.softmax(dim=0)
+    noise_V = PositionStream(seed, 0).noise(7, size)
+    assert PositionStream(seed, 7).pick(law_V) == int((law_V.log() + noise_V).argmax())
 
 
 def test_pick_depends_on_the_position_not_on_how_it_was_reached():

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from outrider.errors import RequestError
 from outrider.request import SamplingParams
-from outrider.sampling.shaper import Shaper
+from outrider.sampling.shaper import Shaper, laws_together
 
 V = 12
 EOS = 11
@@ -183,3 +184,57 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
     alone = [shaper(**settings).log_law(rows[i].clone(), PROMPT) for i in range(5)]
     shape = shaper(**settings)
     assert all(torch.equal(shape.log_law(rows[i], PROMPT), alone[i]) for i in (4, 0, 2, 1, 3))
+
+
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(0, 99), st.data())
+def test_laws_made_together_keep_the_bits_of_each_alone(num_rows, size, seed, data):
+    """A seed's tokens rest on this: a row is now a root in company, now a node by itself."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_RV = torch.randn(num_rows, size, generator=generator) * 5
+    temperatures = st.sampled_from([0.1, 0.7, 0.8, 1.0, 1.3])
+    shapers = [
+        Shaper(
+            SamplingParams(temperature=data.draw(temperatures)),
+            vocab_size=size,
+            eos_token_ids=[],
+            bad_words_ids=(),
+            num_prompt=1,
+        )
+        for _ in range(num_rows)
+    ]
+    before_RV = logits_RV.clone()
+    made = laws_together(logits_RV, shapers)
+    assert torch.equal(logits_RV, before_RV), "the logits of the pass are not ours to change"
+    for logits_V, one, law_V in zip(logits_RV, shapers, made, strict=True):
+        assert one.is_only_scaled
+        assert torch.equal(law_V, one.shape(logits_V, PROMPT).softmax(dim=0))
+        by_definition = (logits_V.double() / one.sampling.temperature).softmax(dim=0)
+        assert torch.allclose(law_V, by_definition, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_no_number_spoils_no_other(wrong):
+    logits_RV = torch.stack([logits(0), torch.full((V,), wrong), logits(1)])
+    one = shaper(temperature=0.5)
+    first, broken, last = laws_together(logits_RV, [one] * 3)
+    assert broken is None
+    assert torch.equal(first, one.shape(logits(0), PROMPT).softmax(dim=0))
+    assert torch.equal(last, one.shape(logits(1), PROMPT).softmax(dim=0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"top_k": 3},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {1: 1.0}},
+        {"min_tokens": 2},
+        {"regex": "a+"},
+        {"bad_words": [(1,)]},
+    ],
+)
+def test_whoever_asks_for_more_than_a_temperature_is_shaped_alone(settings):
+    assert not shaper(**{"temperature": 0.8, **settings}).is_only_scaled

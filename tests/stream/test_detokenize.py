@@ -178,7 +178,7 @@ def test_exactly_what_may_begin_a_stop_text_is_held_back(ids, stop_texts, data):
             return
         told += detokenizer.take()
         seen += commit
-        text = detokenizer.text
+        text = readable(seen)
         endings = [n for n in range(len(text) + 1) if any(
             s != text[n:] and s.startswith(text[n:]) for s in stop_texts
         )]  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.ops.base import LayerKV, Layout, Linear, Span, Window
+from outrider.ops.base import DecoderParts, DecoderPass, LayerKV, Layout, Linear, Span, Window
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,19 @@ class NaiveOps:
             for query_HD, path in zip(query_NHD, layout.plan, strict=True)
         ]
         return torch.stack(rows).to(query_NHD.dtype)
+
+    def argmax(self, logits_RV: Tensor) -> list[int]:
+        return [likeliest(row) for row in logits_RV.tolist()]
+
+    def fuse(self, parts: DecoderParts) -> DecoderPass | None:
+        return None
+
+
+def likeliest(logits: list[float]) -> int:
+    """Index of the first of the largest; -1 where one is NaN, or the largest is infinite."""
+    if any(math.isnan(logit) for logit in logits) or math.isinf(max(logits)):
+        return -1
+    return logits.index(max(logits))
 
 
 def paths_of(span: Span) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 from outrider.sampling.rng import PositionStream, Stream
 from outrider.step import EMPTY_TREE, DraftTree, Verdict
@@ -45,6 +46,28 @@ def test_plain_decoding_is_a_tree_without_nodes():
 def test_of_equal_siblings_the_first_drawn_is_taken():
     tree = DraftTree(tokens=(1, 1, 2), parents=(-1, -1, 0), source="test")
     assert verify(tree, 1, 2, 0) == Verdict((0, 2), 0)
+
+
+def by_definition(tree: DraftTree, tokens: list[int]) -> Verdict:
+    """From node to node: the first child that holds the token, until none does."""
+    accepted: list[int] = []
+    while True:
+        token = tokens[len(accepted)]
+        children = tree.children(accepted[-1] if accepted else -1)
+        found = [child for child in children if tree.tokens[child] == token]
+        if not found:
+            return Verdict(tuple(accepted), token)
+        accepted.append(found[0])
+
+
+@given(st.data())
+def test_one_pass_over_the_nodes_is_the_walk_from_child_to_child(data):
+    num_nodes = data.draw(st.integers(0, 8))
+    tokens = data.draw(st.lists(st.integers(0, 2), min_size=num_nodes, max_size=num_nodes))
+    parents = [data.draw(st.integers(-1, node - 1)) for node in range(num_nodes)]
+    tree = DraftTree(tokens=tuple(tokens), parents=tuple(parents), source="test")
+    picked = data.draw(st.lists(st.integers(0, 2), min_size=9, max_size=9))
+    assert verify(tree, *picked) == by_definition(tree, picked)
 
 
 def junk(context: Context, stream: Stream) -> DraftTree:

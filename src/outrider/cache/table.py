@@ -146,9 +146,9 @@ class BlockManager:
 
         Evicts the least recently used prefixes where free blocks do not suffice.
         """
-        num_missing = self._num_blocks_for(num_tokens) - len(table.blocks)
-        if num_missing <= 0:
+        if num_tokens <= len(table.blocks) * self.block_size:
             return True
+        num_missing = self._num_blocks_for(num_tokens) - len(table.blocks)
         if num_missing > self.num_free:
             return False
         table.blocks.extend(self._take(num_missing))
@@ -185,7 +185,7 @@ class BlockManager:
             tokens: the committed tokens; drafts have no place here.
             num_cached: how many of them have KV in this table.
         """
-        if num_cached < (table.num_hashed + 1) * self.block_size or not self._registers(table):
+        if num_cached < (table.node.depth + 1) * self.block_size or not self._registers(table):
             return
         assert num_cached <= len(tokens), "only committed tokens may be hashed"
         for index in range(table.num_hashed, num_cached // self.block_size):

@@ -24,6 +24,9 @@ def chat(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    kernels: options.Kernels = "auto",
+    quantization: options.Quantization = None,
+    draft_quantization: options.DraftQuantization = None,
     max_model_len: options.MaxModelLen = None,
     kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
 ) -> None:
@@ -37,6 +40,9 @@ def chat(
         options.read_speculation(speculation),
         dtype,
         device,
+        kernels,
+        quantization,
+        draft_quantization,
         max_model_len=max_model_len,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
     )

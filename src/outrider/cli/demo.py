@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outrider.bench.arms import Arm, Comparison, compare, num_calls
+from outrider.cli import options
 from outrider.engine.llm import LLM
 from outrider.engine.prompts import Prompt
 from outrider.request import SamplingParams, SpeculationParams
@@ -37,13 +38,18 @@ def demo(
     num_draft_tokens: Annotated[int, typer.Option(help="K of the draft model.")] = 3,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    kernels: options.Kernels = "auto",
+    quantization: options.Quantization = None,
+    draft_quantization: options.DraftQuantization = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures to this file.")
     ] = None,
 ) -> None:
     """Watch the demo pair speculate, then compare it with plain decoding on this machine."""
     console = Console()
-    llm = LLM("demo")
+    llm = LLM(
+        "demo", kernels=kernels, quantization=quantization, draft_quantization=draft_quantization
+    )
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     model = SpeculationParams(method="draft_model", num_draft_tokens=num_draft_tokens)
     show(console, llm, SHOWN, sampling, model)

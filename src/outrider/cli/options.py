@@ -9,6 +9,8 @@ import typer
 
 from outrider.engine.llm import LLM
 from outrider.errors import RequestError
+from outrider.ops.choose import KERNELS
+from outrider.quant.schemes import SCHEMES
 from outrider.request import SpeculationParams
 
 Model: TypeAlias = Annotated[
@@ -39,6 +41,16 @@ MinP: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="Same seed, same tokens.")]
 Dtype: TypeAlias = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Kernels: TypeAlias = Annotated[
+    str, typer.Option(help=f"{', '.join(KERNELS)}; auto is cpu (C++) where it serves.")
+]
+Quantization: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help=f"Weights of products, quantised at loading: {', '.join(SCHEMES)}."),
+]
+DraftQuantization: TypeAlias = Annotated[
+    str | None, typer.Option(help="The same for the draft model; as the target if unset.")
+]
 MaxModelLen: TypeAlias = Annotated[
     int | None, typer.Option(help="Longest prompt and answer, in tokens; the model's own if unset.")
 ]
@@ -97,6 +109,9 @@ def load(
     speculation: SpeculationParams,
     dtype: str,
     device: str,
+    kernels: str,
+    quantization: str | None,
+    draft_quantization: str | None,
     **engine: int | None,
 ) -> LLM:
     """The engine; a draft model named inside --speculation is loaded too, as vLLM's key does.
@@ -113,6 +128,9 @@ def load(
         speculation=speculation,
         dtype=dtype,
         device=device,
+        kernels=kernels,
+        quantization=quantization,
+        draft_quantization=draft_quantization,
         **given,
     )
 

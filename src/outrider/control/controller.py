@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence as Items
 
-from outrider.request import MAX_DRAFT_TOKENS
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, Plan, Row, RowPlan
 
@@ -38,7 +37,7 @@ class FixedController:
 
 def usable(seq: Sequence, max_model_len: int | None) -> int:
     """Most draft tokens that can be committed beside the bonus token."""
-    room = MAX_DRAFT_TOKENS + 1 if max_model_len is None else max_model_len - len(seq.tokens)
-    if seq.request.sampling.max_tokens is not None:
-        room = min(room, seq.request.sampling.max_tokens - seq.num_generated)
-    return max(room - 1, 0)
+    max_len = seq.max_len
+    if max_model_len is not None and max_model_len < max_len:
+        max_len = max_model_len
+    return max(max_len - len(seq.tokens) - 1, 0)

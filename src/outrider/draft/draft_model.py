@@ -17,6 +17,7 @@ from outrider.draft.base import Snapshot, Warmth
 from outrider.errors import RequestError
 from outrider.models.runner import Piece, Runner
 from outrider.sampling.rng import PositionStream, RootStream, Stream
+from outrider.sampling.shaper import laws_together
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, TargetOutput
 
@@ -36,9 +37,14 @@ class DraftState:
     num_cached: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Course:
-    """One row while it is being drafted."""
+    """One row while it is being drafted.
+
+    Attributes:
+        stream: what tokens are drawn from; None picks the argmax.
+        laws: of the drafted tokens where they are recorded, else empty.
+    """
 
     seq: Sequence
     state: DraftState
@@ -50,6 +56,15 @@ class Course:
     @property
     def is_done(self) -> bool:
         return len(self.tokens) == self.depth
+
+    def add(self, q_V: Tensor) -> None:
+        """One more token, by its law."""
+        if self.stream is None:
+            self.tokens.append(int(q_V.argmax()))
+            return
+        self.tokens.append(self.stream.pick(q_V))
+        if self.seq.speculation.draft_sample_method == "probabilistic":
+            self.laws.append(q_V)
 
 
 class ModelDrafter:
@@ -177,46 +192,61 @@ class ModelDrafter:
     def _run(self, courses: list[Course], pieces: list[Piece]) -> None:
         output = self.runner.run(pieces)
         self.num_forwards += 1
+        shaped: list[tuple[Course, int]] = []
         for course, piece, row in zip(courses, pieces, output.first, strict=True):
             course.state.num_cached += len(piece.chain)
-            if row >= 0:
-                self._pick(course, output, row)
+            if row >= 0 and not self._follow_argmax(course, output.argmax_N[row]):
+                shaped.append((course, row))
+        if shaped:
+            self._draw(shaped, output.logits_NV)
 
-    def _pick(self, course: Course, output: TargetOutput, row: int) -> None:
-        """The next drafted token, from the row of logits."""
-        seq = course.seq
-        if course.stream is None and seq.shaper.is_plain_greedy:
-            token = output.argmax_N[row]
-            if 0 <= token < self.vocab_size:
-                course.tokens.append(token)
-                course.laws.append(None)
-                return
-        try:
-            log_q_V = self._log_law(course, output.logits_NV[row])
-        except RequestError:
-            course.depth = len(course.tokens)  # nothing to propose; the target's own law decides
-            return
-        if course.stream is None:
-            course.tokens.append(int(log_q_V.argmax()))
-            course.laws.append(None)
-            return
-        q_V = log_q_V.exp()
-        course.tokens.append(course.stream.pick(q_V))
-        is_recorded = seq.speculation.draft_sample_method == "probabilistic"
-        course.laws.append(q_V if is_recorded else None)
+    def _follow_argmax(self, course: Course, token: int) -> bool:
+        """The next drafted token where the argmax of the logits is all that is asked for."""
+        is_asked = course.stream is None and course.seq.shaper.is_plain_greedy
+        if not is_asked or not 0 <= token < self.vocab_size:
+            return False
+        course.tokens.append(token)
+        return True
 
-    def _log_law(self, course: Course, logits_V: Tensor) -> Tensor:
+    def _draw(self, shaped: list[tuple[Course, int]], logits_NV: Tensor) -> None:
+        """The next drafted token of courses that need a law, each from its row of logits."""
+        laws = self._laws_together(shaped, logits_NV)
+        for course, row in shaped:
+            q_V = laws.get(row)
+            if q_V is None:
+                q_V = self._law(course, logits_NV[row])
+            if q_V is None:
+                course.depth = len(course.tokens)  # nothing to propose; the target's law decides
+            else:
+                course.add(q_V)
+
+    def _laws_together(
+        self, shaped: list[tuple[Course, int]], logits_NV: Tensor
+    ) -> dict[int, Tensor | None]:
+        """By row, the laws that a temperature alone shapes, made in one go."""
+        drawn = [(c, row) for c, row in shaped if c.stream and c.seq.shaper.is_only_scaled]
+        if not drawn:
+            return {}
+        rows = [row for _, row in drawn]
+        logits_RV = fit(logits_NV[rows], self.vocab_size)
+        laws = laws_together(logits_RV, [course.seq.shaper for course, _ in drawn])
+        return dict(zip(rows, laws, strict=True))
+
+    def _law(self, course: Course, logits_V: Tensor) -> Tensor | None:
+        """None where the settings leave no token, or the logits are no numbers."""
         seq = course.seq
-        mask_V = seq.grammar.mask(course.tokens) if seq.grammar is not None else None
         logits_V = fit(logits_V, self.vocab_size)
-        log_q_V: Tensor = seq.shaper.log_law(logits_V, seq.tokens, course.tokens, mask_V)
-        return log_q_V
+        try:
+            mask_V = seq.grammar.mask(course.tokens) if seq.grammar is not None else None
+            shaped_V: Tensor = seq.shaper.shape(logits_V, seq.tokens, course.tokens, mask_V)
+        except RequestError:
+            return None
+        return shaped_V.softmax(dim=0)
 
     def _tree(self, course: Course | None) -> DraftTree:
         if course is None:
             return EMPTY_TREE
-        laws = course.laws if any(law is not None for law in course.laws) else ()
-        return DraftTree.chain(course.tokens, self.name, laws)
+        return DraftTree.chain(course.tokens, self.name, course.laws)
 
     def _settle(self, state: DraftState, commit: Commit) -> None:
         """Keeps draft KV of the accepted drafts; only the bonus token stands behind them."""
@@ -234,9 +264,9 @@ def _stream(seq: Sequence) -> Stream | None:
     return RootStream(seq.seed, len(seq.tokens) - 1, "draft")
 
 
-def fit(logits_V: Tensor, vocab_size: int) -> Tensor:
-    """The row cut, or padded with -inf, to the target's vocabulary."""
-    missing = vocab_size - logits_V.shape[0]
+def fit(logits: Tensor, vocab_size: int) -> Tensor:
+    """Rows (or one row) cut, or padded with -inf, to the target's vocabulary."""
+    missing = vocab_size - logits.shape[-1]
     if missing <= 0:
-        return logits_V[:vocab_size]
-    return torch.nn.functional.pad(logits_V, (0, missing), value=float("-inf"))
+        return logits[..., :vocab_size]
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

@@ -12,29 +12,32 @@ from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, Tar
 
 
 class NgramIndex:
-    """Where each n-gram of a growing text last ended, the ending itself left out."""
+    """After which position each n-gram of a growing text last stood.
+
+    Attributes:
+        matches: positions after earlier occurrences of the text's ending, longest match first.
+    """
 
     def __init__(self, shortest: int, longest: int) -> None:
         self.shortest = shortest
         self.longest = longest
         self.num_indexed = 0
-        self._last_end: dict[tuple[int, ...], int] = {}
+        self.matches: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
 
     def extend(self, tokens: Items[int]) -> None:
-        """Indexes n-grams that end before the last token, so that an ending never finds itself."""
-        for end in range(self.num_indexed, len(tokens) - 1):
-            for n in range(self.shortest, min(self.longest, end + 1) + 1):
-                self._last_end[tuple(tokens[end - n + 1 : end + 1])] = end
-        self.num_indexed = max(self.num_indexed, len(tokens) - 1)
-
-    def matches(self, tokens: Items[int]) -> list[int]:
-        """Positions after earlier occurrences of the ending, longest match first."""
-        ends = []
-        for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
-            end = self._last_end.get(tuple(tokens[-n:]))
-            if end is not None and end + 1 not in ends:
-                ends.append(end + 1)
-        return ends
+        """Enters the n-grams that end in new tokens; what the last ones replace are the matches."""
+        after, matches = self._after, self.matches
+        for stop in range(self.num_indexed + 1, len(tokens) + 1):
+            ngram = tuple(tokens[max(0, stop - self.longest) : stop])
+            matches = []
+            for _ in range(len(ngram) - self.shortest + 1):
+                earlier = after.get(ngram)
+                if earlier is not None and earlier not in matches:
+                    matches.append(earlier)
+                after[ngram] = stop
+                ngram = ngram[1:]
+        self.num_indexed, self.matches = len(tokens), matches
 
 
 class NgramDrafter:
@@ -58,12 +61,13 @@ class NgramDrafter:
     def _tree(self, seq: Sequence, plan: RowPlan) -> DraftTree:
         index: NgramIndex = seq.drafter_state[self.name]
         index.extend(seq.tokens)
-        starts = index.matches(seq.tokens)[: plan.width]
+        starts = index.matches[: plan.width]
         if not starts or plan.depth < 1:
             return EMPTY_TREE
+        if len(starts) == 1:
+            depth = min(plan.depth, plan.num_nodes)
+            return DraftTree.chain(continuation(seq.tokens, starts[0], depth), self.name)
         chains = [continuation(seq.tokens, start, plan.depth) for start in starts]
-        if len(chains) == 1:
-            return DraftTree.chain(chains[0][: plan.num_nodes], self.name)
         return merge(chains, plan.num_nodes, self.name)
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:

@@ -18,7 +18,8 @@ from outrider.models.base import ModelSpec, Network
 from outrider.models.hub import resolve
 from outrider.models.network import load_network
 from outrider.models.runner import Runner
-from outrider.ops.torch import TorchOps
+from outrider.ops.choose import choose
+from outrider.quant.schemes import find_scheme
 from outrider.registry import DRAFTERS
 from outrider.request import OFF, SpeculationParams
 from outrider.sampling.grammar import GrammarCompiler
@@ -43,10 +44,15 @@ class LoadConfig:
         revision: of the model's hub id; a draft model of another name is taken as it is now.
         network: "auto" (the lean decoder where it knows the family, else the adapter), "lean",
             or "adapter".
+        kernels: "auto" (our C++ kernels on the CPU where a compiler is found, else torch's), "cpu"
+            (ours or an error), or "torch".
         batch_invariant: rows bitwise independent of their company, where kernels exist for it
             (float32 on the CPU).
         trust_remote_code: let the adapter run code that comes with the checkpoint.
         load_tokenizer: False serves token ids only.
+        quantization: how the weights of products are quantised when they are loaded: "int8",
+            "int8-dynamic", "int8-weight-only", "int4"; None or "off" keeps them as stored.
+        draft_quantization: likewise for the draft model; None is as the target.
     """
 
     model: str
@@ -56,9 +62,12 @@ class LoadConfig:
     device: str = "auto"
     revision: str | None = None
     network: str = "auto"
+    kernels: str = "auto"
     batch_invariant: bool = True
     trust_remote_code: bool = False
     load_tokenizer: bool = True
+    quantization: str | None = None
+    draft_quantization: str | None = None
 
 
 def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokenizer | None]:
@@ -72,7 +81,9 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     """
     config = EngineConfig.from_dict(options)
     draft_name = _draft_name(load)
-    target = _load(load, load.model)
+    for quantization in (load.quantization, load.draft_quantization):
+        find_scheme(quantization)  # a slip is told before gigabytes are fetched
+    target = _load(load, load.model, load.quantization)
     tokenizer = _tokenizer(load.model, load) if load.load_tokenizer else None
     max_model_len = config.model_len(target.spec)
     config = replace(config, max_model_len=max_model_len)
@@ -114,15 +125,21 @@ def _draft_name(load: LoadConfig) -> str:
     return load.draft_model
 
 
-def _load(load: LoadConfig, name: str) -> Network:
+def _load(load: LoadConfig, name: str, quantization: str | None) -> Network:
     return load_network(
         name,
-        ops=TorchOps(batch_invariant=load.batch_invariant),
+        ops=choose(
+            load.kernels,
+            device=_device(load.device),
+            dtype=load.dtype,
+            batch_invariant=load.batch_invariant,
+        ),
         dtype=load.dtype,
         device=_device(load.device),
         revision=_revision(load, name),
         network=load.network,
         trust_remote_code=load.trust_remote_code,
+        quantization=quantization,
     )
 
 
@@ -190,7 +207,8 @@ def _model_drafter(
     tokenizer: Tokenizer | None,
     config: EngineConfig,
 ) -> ModelDrafter:
-    network = _load(load, name)
+    asked = load.draft_quantization
+    network = _load(load, name, load.quantization if asked is None else asked)
     _check_pair(load, name, target, network.spec, tokenizer)
     affordable = replace(config, max_model_len=None).model_len(network.spec)
     max_model_len = min(config.model_len(target), affordable)

@@ -9,6 +9,7 @@ import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
+from outrider.control.controller import usable
 from outrider.errors import RequestError
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, DraftTree, Row, TargetOutput, Verdict
@@ -65,26 +66,28 @@ class Committer:
         if verdict.error:
             self._settle(seq, len(seq.tokens), ())
             return self._fail(seq, verdict.error)
-        path = (*(tree.tokens[node] for node in verdict.accepted), verdict.token)
+        accepted, token, _ = verdict
+        path = (*[tree.tokens[node] for node in accepted], token)
         cut = self._cut(seq, path)
         tokens = path[: cut.num_tokens]
-        logprobs = _logprobs(seq, output, first, verdict, tokens)
+        logprobs = _logprobs(seq, output, first, accepted, tokens)
         num_before = len(seq.tokens)
         seq.tokens += tokens
-        num_kept = min(len(verdict.accepted), len(tokens))
-        self._settle(seq, num_before, verdict.accepted[:num_kept])
-        error = "" if cut.finish_reason else self._advance(seq, tokens)
-        if error:
-            return self._fail(seq, error, tokens)
+        num_kept = min(len(accepted), len(tokens))
+        self._settle(seq, num_before, accepted[:num_kept])
+        if seq.grammar is not None and not cut.finish_reason:
+            error = self._advance(seq, tokens)
+            if error:
+                return self._fail(seq, error, tokens)
         seq.finish_reason, seq.stop_reason = cut.finish_reason, cut.stop_reason
         return Commit(
             seq=seq,
             tree=tree,
             tokens=tokens,
-            num_drafted=len(tree),
-            num_accepted=len(verdict.accepted),
+            num_drafted=len(tree.tokens),
+            num_accepted=len(accepted),
             num_kept=num_kept,
-            accepted=verdict.accepted,
+            accepted=accepted,
             finish_reason=cut.finish_reason,
             logprobs=logprobs,
         )
@@ -93,33 +96,34 @@ class Committer:
         """The first of: end token, length, stop text."""
         cut = self._cut_at_token(seq, path)
         is_stop_token = cut.finish_reason == "stop"
-        readable = path[: cut.num_tokens - 1] if is_stop_token else path[: cut.num_tokens]
-        silent = max(0, seq.request.sampling.min_tokens - 1 - seq.num_generated)
-        if silent:
+        readable = path[: cut.num_tokens - is_stop_token]
+        silent = seq.request.sampling.min_tokens - 1 - seq.num_generated
+        if silent > 0:
             self.streamer.add(seq, readable[:silent], may_stop=False)
-        stop = self.streamer.add(seq, readable[silent:])
+            readable = readable[silent:]
+        stop = self.streamer.add(seq, readable)
         if stop is not None:
-            return Cut(min(silent, len(readable)) + stop.num_tokens, "stop", stop.text)
+            return Cut(max(silent, 0) + stop.num_tokens, "stop", stop.text)
         return cut
 
     def _cut_at_token(self, seq: Sequence, path: tuple[int, ...]) -> Cut:
         """A grammar allows an end token only when it is complete: then nothing can follow."""
         sampling = seq.request.sampling
-        has_end = not sampling.ignore_eos or seq.grammar is not None
-        room = self.max_model_len - len(seq.tokens)
-        if sampling.max_tokens is not None:
-            room = min(room, sampling.max_tokens - seq.num_generated)
-        for count, token in enumerate(path[:room], start=1):
-            if token in sampling.stop_token_ids:
+        stop_ids = sampling.stop_token_ids
+        eos_ids = () if sampling.ignore_eos and seq.grammar is None else self.eos_token_ids
+        room = usable(seq, self.max_model_len) + 1
+        for count, token in enumerate(path[:room] if stop_ids or eos_ids else (), start=1):
+            if token in stop_ids:
                 return Cut(count, "stop", token)
-            if token in self.eos_token_ids and has_end:
+            if token in eos_ids:
                 return Cut(count, "stop")
         return Cut(room, "length") if room <= len(path) else Cut(len(path))
 
     def _settle(self, seq: Sequence, num_before: int, accepted: tuple[int, ...]) -> None:
         """KV of the accepted path goes to the slots of its positions; a chain is there already."""
-        moved = [(node, depth) for depth, node in enumerate(accepted) if node != depth]
-        if moved:
+        # The nodes of a path ascend: if the last is where it belongs, all are.
+        if accepted and accepted[-1] != len(accepted) - 1:
+            moved = [(node, depth) for depth, node in enumerate(accepted) if node != depth]
             slots = seq.table.slots(num_before, num_before + accepted[-1] + 1)
             self.pool.copy_slots([slots[s] for s, _ in moved], [slots[t] for _, t in moved])
         seq.num_cached = min(num_before + len(accepted), len(seq.tokens) - 1)
@@ -127,8 +131,6 @@ class Committer:
 
     def _advance(self, seq: Sequence, tokens: tuple[int, ...]) -> str:
         """The grammar moves once, here; what goes wrong in it ends this request alone."""
-        if seq.grammar is None:
-            return ""
         try:
             seq.grammar.advance(tokens)
         except RequestError as error:
@@ -141,13 +143,17 @@ class Committer:
 
 
 def _logprobs(
-    seq: Sequence, output: TargetOutput, first: int, verdict: Verdict, tokens: tuple[int, ...]
+    seq: Sequence,
+    output: TargetOutput,
+    first: int,
+    accepted: tuple[int, ...],
+    tokens: tuple[int, ...],
 ) -> tuple[tuple[float, dict[int, float]], ...]:
     """Of each token, from the verify row that it came from: raw logits, log-softmax, nats."""
     count = seq.request.sampling.logprobs
     if count is None:
         return ()
-    rows = [first, *(first + 1 + node for node in verdict.accepted)]
+    rows = [first, *(first + 1 + node for node in accepted)]
     found = []
     for row, token in zip(rows, tokens, strict=False):
         log_V = torch.log_softmax(output.logits_NV[row].float(), dim=-1)

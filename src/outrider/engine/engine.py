@@ -184,6 +184,8 @@ class Engine:
 
     def _fork_siblings(self, commits: list[Commit]) -> None:
         """Further completions start from the first one's prompt KV, once it is there."""
+        if not self._unforked:
+            return
         for commit in commits:
             seq = commit.seq
             if seq.id not in self._unforked or not (commit.tokens or commit.finish_reason):
@@ -226,6 +228,8 @@ class Engine:
 
     def _farewells(self) -> list[Event]:
         """The last events of aborted sequences."""
+        if not self._aborted:
+            return []
         aborted, self._aborted = self._aborted, []
         events = self.streamer.verified([Commit(seq=s, finish_reason="abort") for s in aborted])
         for seq in aborted:

@@ -26,8 +26,10 @@ class LLM:
             unless they say otherwise. "demo" brings its own; "off" declines it.
         speculation: default for requests that bring no `SpeculationParams`: "off", a method's
             name, or its keys.
-        dtype, device, revision, network, batch_invariant, trust_remote_code, load_tokenizer,
-            drafters: see `outrider.engine.build.LoadConfig`.
+        quantization: "int8", "int8-dynamic", "int8-weight-only" or "int4": quantise the weights
+            of both models, or of the draft model as `draft_quantization` says.
+        dtype, device, revision, network, kernels, batch_invariant, trust_remote_code,
+            load_tokenizer, drafters: see `outrider.engine.build.LoadConfig`.
         options: fields of `outrider.engine.config.EngineConfig` (max_num_seqs, block_size ...).
 
     Raises:
@@ -46,9 +48,12 @@ class LLM:
         device: str = "auto",
         revision: str | None = None,
         network: str = "auto",
+        kernels: str = "auto",
         batch_invariant: bool = True,
         trust_remote_code: bool = False,
         load_tokenizer: bool = True,
+        quantization: str | None = None,
+        draft_quantization: str | None = None,
         **options: Any,
     ) -> None:
         load = LoadConfig(
@@ -59,9 +64,12 @@ class LLM:
             device=str(device),
             revision=revision,
             network=network,
+            kernels=kernels,
             batch_invariant=batch_invariant,
             trust_remote_code=trust_remote_code,
             load_tokenizer=load_tokenizer,
+            quantization=quantization,
+            draft_quantization=draft_quantization,
         )
         self.speculation = speculation_params({} if speculation is None else speculation)
         self.engine, self.tokenizer = build(load, options)

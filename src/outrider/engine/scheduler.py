@@ -6,6 +6,7 @@ after preemption are all this rule.
 """
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from outrider.cache.table import BlockManager
@@ -53,8 +54,9 @@ class Scheduler:
 
     def release(self, seq: Sequence) -> None:
         """A finished sequence gives back its seat and its blocks; full ones stay cached."""
-        if seq in self.running:
-            self.running.remove(seq)
+        seat = bisect_left(self.running, _rank(seq), key=_rank)
+        if seat < len(self.running) and self.running[seat] is seq:
+            del self.running[seat]
         if seq.table is not None:
             self.manager.free(seq.table)
             seq.table = None
@@ -62,7 +64,8 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Rows for one step with KV blocks reserved for their tokens and draft nodes."""
         for seq in self.running:
-            self.manager.truncate(seq.table, seq.num_cached)  # the room of drafts that are gone
+            if seq.num_cached <= (len(seq.table.blocks) - 1) * self.config.block_size:
+                self.manager.truncate(seq.table, seq.num_cached)  # the room of drafts that are gone
         rows: list[Row] = []
         preempted: list[Sequence] = []
         budget = self.config.max_num_batched_tokens
@@ -111,21 +114,24 @@ class Scheduler:
         wider = []
         for row in rows:
             spec, table = row.seq.speculation, row.seq.table
+            if not spec.num_draft_tokens or not row.reaches_end:
+                wider.append(row)
+                continue
             end = row.seq.num_cached + row.num_tokens
             # A cached block gives way only where none is empty: drafts may be rejected.
             num_blocks = self.manager.num_empty or min(1, self.manager.num_free)
             room = (num_blocks + len(table.blocks)) * self.config.block_size - end
             depth = min(spec.num_draft_tokens, usable(row.seq, self.config.max_model_len))
-            wanted = depth * spec.width if row.reaches_end else 0
-            nodes = min(wanted, budget, room)
+            nodes = min(depth * spec.width, budget, room)
             self.manager.reserve(table, end + nodes)
-            wider.append(row._replace(max_draft_nodes=nodes))
+            wider.append(Row(row.seq, row.num_tokens, nodes))
             budget -= nodes
         return wider
 
     def _make_room(self, seq: Sequence, num_tokens: int, preempted: list[Sequence]) -> bool:
         """Reserves blocks for committed tokens, taking them from the last in rank if it must."""
-        while not self.manager.reserve(seq.table, seq.num_cached + num_tokens):
+        end = seq.num_cached + num_tokens
+        while not self.manager.reserve(seq.table, end):
             victim = self.running[-1]  # not yet scheduled: rows are handed out in order of rank
             self._preempt(victim)
             preempted.append(victim)
@@ -142,8 +148,7 @@ class Scheduler:
 
     def _seat(self, seq: Sequence) -> None:
         seq.status = Status.RUNNING
-        self.running.append(seq)
-        self.running.sort(key=_rank)
+        insort(self.running, seq, key=_rank)
 
     def _limit(self, num_tokens: int) -> int:
         threshold = self.config.long_prefill_token_threshold

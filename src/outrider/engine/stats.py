@@ -30,12 +30,14 @@ class EngineStats:
         self.num_steps += 1
         self.num_preemptions += len(batch.preempted)
         for row, commit in zip(batch.rows, commits, strict=True):
-            self.num_rows += row.num_tokens + commit.num_drafted
+            self.num_rows += row.num_tokens
             self.num_prompt_tokens += row.num_tokens - _is_decoded(row, commit)
             self.num_generated_tokens += len(commit.tokens)
-            self.num_drafts += commit.num_drafted > 0
-            self.num_draft_tokens += commit.num_drafted
-            self.num_accepted_tokens += commit.num_accepted
+            if commit.num_drafted:
+                self.num_rows += commit.num_drafted
+                self.num_drafts += 1
+                self.num_draft_tokens += commit.num_drafted
+                self.num_accepted_tokens += commit.num_accepted
             self.num_finished += commit.finish_reason is not None
 
 

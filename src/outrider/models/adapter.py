@@ -24,7 +24,7 @@ from transformers import (
 
 from outrider.errors import ModelError
 from outrider.models.adapter_config import max_positions, model_class, refuse
-from outrider.models.adapter_linear import EXPERTS, swap
+from outrider.models.adapter_linear import EXPERTS, quantize, swap
 from outrider.models.adapter_probe import (
     PASS_KEY,
     Call,
@@ -36,6 +36,7 @@ from outrider.models.adapter_probe import (
 )
 from outrider.models.base import ModelSpec
 from outrider.ops.base import LayerKV, Layout, Ops
+from outrider.quant.schemes import AS_STORED, Scheme
 
 ATTENTION = "outrider"
 PROBING = "outrider_probe"
@@ -209,13 +210,17 @@ def load_adapter(
     name: str | None = None,
     eos_token_ids: tuple[int, ...] = (),
     fingerprint: str = "",
+    scheme: Scheme = AS_STORED,
 ) -> Adapter:
     """Loads the checkpoint in `folder` through `transformers`.
 
     Args:
-        swap_linear: on the CPU, multiply with `ops.linear` (packed copies beside the originals).
+        swap_linear: on the CPU, and wherever weights are quantised, multiply with `ops.linear`
+            (packed copies beside the originals).
         trust_remote_code: run Python code that lies in the folder.
         name, eos_token_ids, fingerprint: for the ModelSpec; the name is the folder if None.
+        scheme: how products are quantised, after the check against eager attention: rounding
+            inputs turns last bits into steps, which the check would blame on the attention.
 
     Raises:
         ModelError: no causal LM, or one whose state or attention cannot live in a KV pool.
@@ -225,8 +230,8 @@ def load_adapter(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     config = _read(AutoConfig.from_pretrained, folder, **options)
     refuse(config, model_class(config))
-    is_swapped = swap_linear and device.type == "cpu"
-    if device.type == "cpu":
+    is_swapped = swap_linear and (device.type == "cpu" or not scheme.is_off)
+    if is_swapped or device.type == "cpu":
         options["experts_implementation"] = EXPERTS if is_swapped else "eager"
     options |= {"dtype": dtype, "attn_implementation": ATTENTION, "output_loading_info": True}
     model, info = _read(AutoModelForCausalLM.from_pretrained, folder, config=config, **options)
@@ -234,13 +239,17 @@ def load_adapter(
     model = model.eval().requires_grad_(False).to(device)
     if is_swapped:
         swap(model, ops)
-    return Adapter(
+    adapter = Adapter(
         model,
         ops,
         name=name or str(folder),
         eos_token_ids=eos_token_ids,
         fingerprint=fingerprint,
     )
+    if not scheme.is_off:
+        assert is_swapped, "what is not swapped cannot be quantised"
+        quantize(model, ops, scheme)
+    return adapter
 
 
 def _read(read: Any, folder: str | Path, **options: Any) -> Any:

@@ -18,28 +18,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 
 from outrider.ops.base import Linear, Ops
+from outrider.quant.schemes import Quantize, Scheme, unchanged
 
 EXPERTS = "outrider"
 PACKED = "outrider_experts"
+GATES = ("gate", "shared_expert_gate", "wg")  # of experts; a feed-forward layer's is "gate_proj"
 
 
 def swap(model: nn.Module, ops: Ops) -> None:
     """Replaces the products of every module of `model` by `ops.linear`; done in place, once."""
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
-        bias: Any = getattr(module, "bias", None)
-        if _is_experts(module):
-            setattr(module, PACKED, _pack_experts(module, ops))
-        elif type(module).forward is nn.Linear.forward:
-            _set_forward(module, _over_leading(ops.linear(weight, bias)))
-        elif isinstance(module, Conv1D):
-            _set_forward(module, _over_leading(ops.linear(weight.t().contiguous(), bias)))
+        if _is_product(module):
+            _replace(module, ops, unchanged)
         elif isinstance(weight, nn.Parameter) and weight.ndim == 2 and not _is_lookup(module):
             _set_forward(module, _intercepted(module.forward, weight, ops))
+
+
+def quantize(model: PreTrainedModel, ops: Ops, scheme: Scheme) -> None:
+    """Replaces products of a swapped model by those of quantised weights.
+
+    Routers and gates stay in float, whether `nn.Linear` or with a product of their own: they are
+    small, and a token sent to another expert is another answer. So do lookups and what `swap`
+    does not cover.
+    """
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if _is_product(module) and not _is_router(name):
+            _replace(module, ops, scheme.head if module is head else scheme.layer)
 
 
 def experts(module: Any, hidden_NI: Tensor, index_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
@@ -101,6 +112,24 @@ def _over_leading(linear: Linear) -> Linear:
     return run
 
 
+def _is_product(module: nn.Module) -> bool:
+    is_linear = type(module).forward is nn.Linear.forward
+    return is_linear or isinstance(module, Conv1D) or _is_experts(module)
+
+
+def _is_router(name: str) -> bool:
+    """Whether a module's path through the model names a router, or the gate of experts."""
+    return any(part in GATES or "router" in part for part in name.split("."))
+
+
+def _replace(module: Any, ops: Ops, quantize: Quantize) -> None:
+    if _is_experts(module):
+        setattr(module, PACKED, _pack_experts(module, ops, quantize))
+        return
+    weight_OI = module.weight.t().contiguous() if isinstance(module, Conv1D) else module.weight
+    _set_forward(module, _over_leading(ops.linear(quantize(weight_OI), module.bias)))
+
+
 def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = forward
 
@@ -114,14 +143,17 @@ def _is_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
-def _pack_experts(module: nn.Module, ops: Ops) -> tuple[list[Linear], list[Linear]]:
+def _pack_experts(
+    module: nn.Module, ops: Ops, quantize: Quantize
+) -> tuple[list[Linear], list[Linear]]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-    ups, downs = ([*_packed(module, name, ops)] for name in names)
+    ups, downs = ([*_packed(module, name, ops, quantize)] for name in names)
     return ups, downs
 
 
-def _packed(module: nn.Module, name: str, ops: Ops) -> list[Linear]:
+def _packed(module: nn.Module, name: str, ops: Ops, quantize: Quantize) -> list[Linear]:
     weights = getattr(module, name).detach()
     weights = weights.transpose(1, 2) if module.is_transposed else weights
     biases = getattr(module, f"{name}_bias") if module.has_bias else [None] * len(weights)
-    return [ops.linear(w.contiguous(), b) for w, b in zip(weights, biases, strict=True)]
+    pairs = zip(weights, biases, strict=True)
+    return [ops.linear(quantize(weight.contiguous()), bias) for weight, bias in pairs]

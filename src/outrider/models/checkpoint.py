@@ -65,9 +65,14 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def fingerprint(folder: Path) -> str:
-    """Hex digest of the configuration and of names, sizes and samples of the weight files."""
+def fingerprint(folder: Path, quantization: str = "") -> str:
+    """Hex digest of the configuration and of names, sizes and samples of the weight files.
+
+    Args:
+        quantization: what loading makes of the weights; another model than the stored one.
+    """
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    digest.update(quantization.encode())
     for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())

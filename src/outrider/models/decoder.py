@@ -23,7 +23,8 @@ from outrider.models.weights import (
     num_parameters,
     qkv_names,
 )
-from outrider.ops.base import LayerKV, Layout, Ops
+from outrider.ops.base import DecoderParts, LayerKV, LayerParts, Layout, Ops
+from outrider.quant.schemes import AS_STORED, Scheme
 
 
 class Decoder:
@@ -33,6 +34,7 @@ class Decoder:
         tensors: weights by their Hugging Face names, in any float dtype; emptied on the way.
         ops: kernels; they pack the weights.
         dtype: of weights, activations and KV.
+        scheme: how the weights of products are quantised.
 
     Raises:
         ModelError: a tensor is missing, unexpected, or of the wrong shape.
@@ -49,12 +51,13 @@ class Decoder:
         fingerprint: str = "",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        scheme: Scheme = AS_STORED,
     ) -> None:
         check_tensors(tensors, config)
         self.config = config
         self.ops = ops
         device = torch.device(device)
-        weights = Weights(tensors, dtype=dtype, device=device)
+        weights = Weights(tensors, dtype=dtype, device=device, scheme=scheme)
         self._rope = RopeTable(config.rope, dtype=dtype, device=device)
         self._layers = [
             Layer(config, layer, weights, f"model.layers.{index}.", ops)
@@ -63,6 +66,7 @@ class Decoder:
         self._norm = RMSNorm(weights.take(FINAL_NORM), config.norm_eps)
         self._embedding_VD = weights.take(EMBEDDING)
         self._head = ops.linear(weights.take_head(config.is_tied, self._embedding_VD))
+        self._fused = ops.fuse(self._parts())
         self.spec = ModelSpec(
             name=name,
             family=config.family,
@@ -81,11 +85,35 @@ class Decoder:
         self, tokens_N: Tensor, layout: Layout, kv: list[LayerKV], wanted_R: Tensor
     ) -> Tensor:
         """Runs all rows, returns float32 logits_RV of the rows `wanted_R` indexes."""
+        if self._fused is not None:
+            return self._fused(tokens_N, layout, kv, wanted_R, *self._rope.tables(layout))
+        return self.forward_by_layer(tokens_N, layout, kv, wanted_R)
+
+    def forward_by_layer(
+        self, tokens_N: Tensor, layout: Layout, kv: list[LayerKV], wanted_R: Tensor
+    ) -> Tensor:
+        """As `forward`, one operation at a time: the twin of a fused pass."""
         hidden_ND = F.embedding(tokens_N, self._embedding_VD)
         turn = self._rope.at(layout)
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             hidden_ND = layer(hidden_ND, turn, layout, layer_kv)
         return self._head(self._norm(hidden_ND.index_select(0, wanted_R))).float()
+
+    def _parts(self) -> DecoderParts:
+        config = self.config
+        return DecoderParts(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            norm_eps=config.norm_eps,
+            attention_scale=config.attention_scale,
+            rotated_width=config.rope.width,
+            embedding_VD=self._embedding_VD,
+            final_norm_D=self._norm.weight,
+            head=self._head,
+            layers=[layer.parts() for layer in self._layers],
+        )
 
 
 class Layer:
@@ -107,6 +135,21 @@ class Layer:
         hidden_ND = hidden_ND + self._attention(self._attention_norm(hidden_ND), turn, layout, kv)
         return hidden_ND + self._mlp(self._mlp_norm(hidden_ND))
 
+    def parts(self) -> LayerParts:
+        attention, mlp = self._attention, self._mlp
+        return LayerParts(
+            attention_norm_D=self._attention_norm.weight,
+            mlp_norm_D=self._mlp_norm.weight,
+            query_norm_D=attention.query_norm_D,
+            key_norm_D=attention.key_norm_D,
+            qkv=attention.qkv,
+            output=attention.output,
+            gate_up=mlp.gate_up,
+            down=mlp.down,
+            window=attention.window,
+            has_rope=attention.has_rope,
+        )
+
 
 class Attention:
     """Grouped-query attention over the KV pool; queries and keys are normed and turned as one."""
@@ -115,17 +158,21 @@ class Attention:
         self, config: DecoderConfig, layer: LayerConfig, weights: Weights, prefix: str, ops: Ops
     ) -> None:
         names = [f"{prefix}{name}" for name in qkv_names(config)]
-        self._qkv = ops.linear(
-            weights.take(*(f"{name}.weight" for name in names)),
+        self.qkv = ops.linear(
+            weights.take_product(*(f"{name}.weight" for name in names)),
             weights.take_optional(config.has_qkv_bias, *(f"{name}.bias" for name in names)),
         )
-        self._output = ops.linear(
-            weights.take(f"{prefix}o_proj.weight"),
+        self.output = ops.linear(
+            weights.take_product(f"{prefix}o_proj.weight"),
             weights.take_optional(config.has_output_bias, f"{prefix}o_proj.bias"),
         )
-        self._head_norm = _head_norm(config, weights, prefix) if config.has_qk_norm else None
-        self._has_rope = layer.has_rope
-        self._window = layer.window
+        self.query_norm_D, self.key_norm_D = (
+            weights.take_optional(config.has_qk_norm, f"{prefix}{name}_norm.weight")
+            for name in ("q", "k")
+        )
+        self._head_norm = self._joint_norm(config)
+        self.has_rope = layer.has_rope
+        self.window = layer.window
         self._scale = config.attention_scale
         self._num_heads = config.num_heads
         self._num_turned = config.num_heads + config.num_kv_heads
@@ -133,16 +180,26 @@ class Attention:
         self._ops = ops
 
     def __call__(self, hidden_ND: Tensor, turn: Turn, layout: Layout, kv: LayerKV) -> Tensor:
-        qkv_NXD = self._qkv(hidden_ND).view(-1, *self._shape_XD)
+        qkv_NXD = self.qkv(hidden_ND).view(-1, *self._shape_XD)
         heads_NJD = qkv_NXD[:, : self._num_turned]
         if self._head_norm is not None:
             heads_NJD = self._head_norm(heads_NJD)
-        if self._has_rope:
+        if self.has_rope:
             rotate_(heads_NJD, turn)
         query_NHD, keys_NGD = heads_NJD[:, : self._num_heads], heads_NJD[:, self._num_heads :]
         self._ops.write_kv(kv, keys_NGD, qkv_NXD[:, self._num_turned :], layout)
-        out_NHD = self._ops.attend(query_NHD, kv, layout, scale=self._scale, window=self._window)
-        return self._output(out_NHD.flatten(1))
+        out_NHD = self._ops.attend(query_NHD, kv, layout, scale=self._scale, window=self.window)
+        return self.output(out_NHD.flatten(1))
+
+    def _joint_norm(self, config: DecoderConfig) -> "RMSNorm | None":
+        """One norm for the heads of queries and keys."""
+        if self.query_norm_D is None or self.key_norm_D is None:
+            return None
+        rows = (
+            self.query_norm_D.expand(config.num_heads, -1),
+            self.key_norm_D.expand(config.num_kv_heads, -1),
+        )
+        return RMSNorm(torch.cat(rows), config.norm_eps)
 
 
 class MLP:
@@ -150,20 +207,20 @@ class MLP:
 
     def __init__(self, config: DecoderConfig, weights: Weights, prefix: str, ops: Ops) -> None:
         names = [f"{prefix}{name}" for name in gate_up_names(config)]
-        gate_up = weights.take(*(f"{name}.weight" for name in names))
-        self._gate_up = ops.linear(
-            gate_up, weights.take_optional(config.has_mlp_bias, *(f"{name}.bias" for name in names))
+        self.gate_up = ops.linear(
+            weights.take_product(*(f"{name}.weight" for name in names)),
+            weights.take_optional(config.has_mlp_bias, *(f"{name}.bias" for name in names)),
         )
-        self._down = ops.linear(
-            weights.take(f"{prefix}down_proj.weight"),
+        self.down = ops.linear(
+            weights.take_product(f"{prefix}down_proj.weight"),
             weights.take_optional(config.has_mlp_bias, f"{prefix}down_proj.bias"),
         )
-        is_reference = gate_up.device.type == "cpu" and gate_up.dtype == torch.float32
+        is_reference = weights.device.type == "cpu" and weights.dtype == torch.float32
         self._silu: Callable[[Tensor], Tensor] = silu_anywhere if is_reference else F.silu
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        gate_NI, up_NI = self._gate_up(hidden_ND).chunk(2, dim=-1)
-        return self._down(self._silu(gate_NI).mul_(up_NI))
+        gate_NI, up_NI = self.gate_up(hidden_ND).chunk(2, dim=-1)
+        return self.down(self._silu(gate_NI).mul_(up_NI))
 
 
 class RMSNorm:
@@ -173,16 +230,16 @@ class RMSNorm:
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
+        self.weight = weight
         self._width = weight.shape[-1:]
         self._eps = eps
         self._is_one_call = weight.dtype == torch.float32 and weight.dim() == 1
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         if self._is_one_call:
-            return torch.rms_norm(hidden_ND, self._width, self._weight, self._eps)
+            return torch.rms_norm(hidden_ND, self._width, self.weight, self._eps)
         normed_ND = torch.rms_norm(hidden_ND.float(), self._width, None, self._eps)
-        return normed_ND.to(hidden_ND.dtype) * self._weight
+        return normed_ND.to(hidden_ND.dtype) * self.weight
 
 
 def silu_anywhere(x_NI: Tensor) -> Tensor:
@@ -192,9 +249,3 @@ def silu_anywhere(x_NI: Tensor) -> Tensor:
     exponential differs in the last bit, so a row would depend on the number of rows beside it.
     """
     return x_NI / x_NI.neg().exp_().add_(1)
-
-
-def _head_norm(config: DecoderConfig, weights: Weights, prefix: str) -> RMSNorm:
-    query_D, key_D = (weights.take(f"{prefix}{name}_norm.weight") for name in ("q", "k"))
-    rows = (query_D.expand(config.num_heads, -1), key_D.expand(config.num_kv_heads, -1))
-    return RMSNorm(torch.cat(rows), config.norm_eps)

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from outrider.errors import ModelError, unknown
+from outrider.errors import ConfigError, ModelError, unknown
 from outrider.models.checkpoint import eos_token_ids, fingerprint, load_tensors, read_config
 from outrider.models.config import DecoderConfig, is_lean
 from outrider.models.decoder import Decoder
 from outrider.models.hub import resolve
 from outrider.models.weights import EMBEDDING
 from outrider.ops.base import Ops
+from outrider.quant.schemes import Scheme, find_scheme
 
 __all__ = [
     "DTYPES",
@@ -23,6 +24,7 @@ __all__ = [
     "load_tensors",
     "pick_device",
     "pick_dtype",
+    "pick_scheme",
     "read_config",
     "resolve",
     "stored_dtype",
@@ -38,6 +40,7 @@ def load_decoder(
     device: torch.device | str = "cpu",
     ops: Ops,
     name: str | None = None,
+    quantization: str | None = None,
 ) -> Decoder:
     """The lean decoder in `folder`, ready to run.
 
@@ -45,9 +48,11 @@ def load_decoder(
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an
             accelerator; float32 on the CPU, where half-width products are slow or missing.
         name: what `spec.name` shall say; the folder if None.
+        quantization: see `quant.schemes`; None leaves the weights as they are stored.
 
     Raises:
         ModelError: the checkpoint is broken, or beyond the lean decoder (see `is_lean`).
+        ConfigError: there is no such quantisation, or not in this dtype on this device.
     """
     folder = Path(folder)
     values = read_config(folder)
@@ -57,15 +62,18 @@ def load_decoder(
     stored = stored_dtype(values)
     if stored is None and EMBEDDING in tensors:
         stored = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    chosen = pick_dtype(dtype, stored, device)
+    scheme = pick_scheme(quantization, chosen, device)
     return Decoder(
         config,
         tensors,
         ops,
         name=name or str(folder),
         eos_token_ids=eos_token_ids(folder),
-        fingerprint=fingerprint(folder),
-        dtype=pick_dtype(dtype, stored, device),
+        fingerprint=fingerprint(folder, scheme.variant),
+        dtype=chosen,
         device=device,
+        scheme=scheme,
     )
 
 
@@ -84,6 +92,17 @@ def pick_dtype(dtype: str, stored: str | None, device: torch.device) -> torch.dt
     if stored not in DTYPES:
         raise ModelError(f"weights stored as {stored!r}: give dtype as one of {', '.join(DTYPES)}")
     return DTYPES[stored]
+
+
+def pick_scheme(quantization: str | None, dtype: torch.dtype, device: torch.device) -> Scheme:
+    """The scheme by name. ConfigError if there is none such for this dtype on this device."""
+    scheme = find_scheme(quantization)
+    if not scheme.is_off and device.type == "cpu" and dtype != torch.float32:
+        raise ConfigError(
+            f"quantization={quantization!r} with dtype={str(dtype).removeprefix('torch.')!r}: "
+            "on the CPU quantised products are made for float32; leave dtype at 'auto'"
+        )
+    return scheme
 
 
 def pick_device(device: torch.device | str) -> torch.device:

@@ -1,5 +1,8 @@
 """From a name to a network: the lean decoder where it knows the family, else the adapter."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from outrider.errors import ModelError
@@ -11,6 +14,7 @@ from outrider.models.loader import (
     load_decoder,
     pick_device,
     pick_dtype,
+    pick_scheme,
     read_config,
     resolve,
     stored_dtype,
@@ -29,31 +33,50 @@ def load_network(
     revision: str | None = None,
     network: str = "auto",
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> Network:
     """The network of a hub id, a folder, or a shipped name.
 
     Args:
         network: "lean", "adapter", or "auto", which prefers the lean decoder.
+        quantization: see `quant.schemes`; None leaves the weights as they are stored.
 
     Raises:
         ModelError: it cannot be found, read, or run.
+        ConfigError: `quantization` cannot be honoured.
     """
     if network not in KINDS:
         raise ModelError(f"network={network!r}: must be one of {', '.join(KINDS)}")
     folder = resolve(name, revision)
     config = read_config(folder)
+    _refuse_quantised(name, config)
     if network == "lean" or (network == "auto" and is_lean(config)):
-        return load_decoder(folder, dtype=dtype, device=device, ops=ops, name=name)
+        return load_decoder(
+            folder, dtype=dtype, device=device, ops=ops, name=name, quantization=quantization
+        )
     from outrider.models.adapter import load_adapter  # transformers takes seconds to import
 
     place = pick_device(device)
+    chosen = pick_dtype(dtype, stored_dtype(config), place) or torch.float32
+    scheme = pick_scheme(quantization, chosen, place)
     return load_adapter(
         folder,
-        dtype=pick_dtype(dtype, stored_dtype(config), place) or torch.float32,
+        dtype=chosen,
         device=place,
         ops=ops,
         name=name,
         trust_remote_code=trust_remote_code,
         eos_token_ids=eos_token_ids(folder),
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(folder, scheme.variant),
+        scheme=scheme,
     )
+
+
+def _refuse_quantised(name: str, config: Mapping[str, Any]) -> None:
+    stored = config.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else stored
+        raise ModelError(
+            f"the weights of {name!r} are stored quantised (quant_method={method!r}), which is not "
+            "read: load the checkpoint it was made from, with quantization='int8' or 'int4'"
+        )

@@ -39,12 +39,17 @@ class RopeTable:
 
     def at(self, layout: Layout) -> Turn:
         """The rotation of every row of the pass."""
+        cos_PW, sin_PW = self.tables(layout)
+        cos_NW = cos_PW.index_select(0, layout.positions_N)
+        sin_NW = sin_PW.index_select(0, layout.positions_N)
+        return Turn(cos_NW.unsqueeze(1), sin_NW.unsqueeze(1))
+
+    def tables(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """cos_PW and sin_PW, the latter with its first half negated, as far as the pass needs."""
         needed = max(span.num_cached + span.num_rows for span in layout.spans)
         if needed > self._num_positions:
             self._grow(needed)
-        cos_NW = self._cos_PW.index_select(0, layout.positions_N)
-        sin_NW = self._sin_PW.index_select(0, layout.positions_N)
-        return Turn(cos_NW.unsqueeze(1), sin_NW.unsqueeze(1))
+        return self._cos_PW, self._sin_PW
 
     def _grow(self, needed: int) -> None:
         num_positions = max(FIRST_POSITIONS, self._num_positions)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from outrider.errors import ModelError
 from outrider.models.config import DecoderConfig
+from outrider.ops.base import Weight
+from outrider.quant.schemes import AS_STORED, Scheme
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -26,29 +28,41 @@ class Weights:
 
     Args:
         tensors: by their names in the checkpoint; emptied.
+        scheme: what becomes of the weights of products.
     """
 
     def __init__(
-        self, tensors: MutableMapping[str, Tensor], *, dtype: torch.dtype, device: torch.device
+        self,
+        tensors: MutableMapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scheme: Scheme = AS_STORED,
     ) -> None:
         self._tensors = tensors
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device
+        self._scheme = scheme
 
     def take(self, *names: str) -> Tensor:
         """One tensor, or several stacked along their first dimension."""
-        parts = [self._tensors.pop(name).to(self._device, self._dtype) for name in names]
+        parts = [self._tensors.pop(name).to(self.device, self.dtype) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def take_optional(self, is_there: bool, *names: str) -> Tensor | None:
         return self.take(*names) if is_there else None
 
-    def take_head(self, is_tied: bool, embedding_VD: Tensor) -> Tensor:
+    def take_product(self, *names: str) -> Weight:
+        """As `take`, for a weight that only a product reads."""
+        return self._scheme.layer(self.take(*names))
+
+    def take_head(self, is_tied: bool, embedding_VD: Tensor) -> Weight:
         """The LM head. As in transformers, a tied head is the embedding unless the files differ."""
         if is_tied and HEAD not in self._tensors:
-            return embedding_VD
+            return self._scheme.head(embedding_VD)
         head_VD = self.take(HEAD)
-        return embedding_VD if is_tied and torch.equal(head_VD, embedding_VD) else head_VD
+        is_same = is_tied and torch.equal(head_VD, embedding_VD)
+        return self._scheme.head(embedding_VD if is_same else head_VD)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> None:

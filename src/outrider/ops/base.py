@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
+DecoderPass: TypeAlias = Callable[..., Tensor]
+"""(tokens_N, layout, kv, wanted_R, cos_PW, sin_PW) -> float32 logits_RV; see `Ops.fuse`."""
 
 
 class LayerKV(NamedTuple):
@@ -41,12 +43,12 @@ class Int8Weight(NamedTuple):
 
 
 class Int4Weight(NamedTuple):
-    """A linear weight in 4 bits: W_OI = (nibble - 8) * scale of its row and group of `GROUP` inputs.
+    """A linear weight in 4 bits: W_OI = (nibble - 8) * scale of its row and `GROUP` inputs.
 
     Attributes:
         packed: uint8 [O, P / 2], P = inputs padded to a multiple of 64: byte i of each 32 holds
             input i of its 64 in the low nibble and input i + 32 in the high one; padding is 8.
-        scales: float32 [O, P / GROUP].
+        scales: float32 [O, P / GROUP]; they have a sign, so either side may use the code -8.
         num_inputs: I.
         activation_bits: as in Int8Weight.
     """
@@ -129,6 +131,44 @@ class Layout:
     plan: object = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerParts:
+    """One layer of a dense decoder; its products were made by `Ops.linear`.
+
+    Attributes:
+        qkv: queries, keys and values of all heads, one below the other.
+        gate_up: the gate's outputs, then as many of the other branch.
+    """
+
+    attention_norm_D: Tensor
+    mlp_norm_D: Tensor
+    query_norm_D: Tensor | None
+    key_norm_D: Tensor | None
+    qkv: Linear
+    output: Linear
+    gate_up: Linear
+    down: Linear
+    window: Window
+    has_rope: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderParts:
+    """A whole dense decoder (norm, attention, norm, gated feed-forward), for kernels that fuse."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    attention_scale: float
+    rotated_width: int
+    embedding_VD: Tensor
+    final_norm_D: Tensor
+    head: Linear
+    layers: list[LayerParts]
+
+
 class Ops(Protocol):
     """The kernels of one backend.
 
@@ -143,8 +183,13 @@ class Ops(Protocol):
         """Uploads what the kernels need to know about this pass."""
         ...
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
-        """A callable x_NI -> y_NO = x W^T + b; packs the weight once."""
+    def linear(self, weight: Weight, bias_O: Tensor | None = None) -> Linear:
+        """A callable x_NI -> y_NO = x W^T + b; packs the weight once.
+
+        What a quantised weight yields is defined in `ops.quantized`: to the bit for 8 bits, up to
+        the order of its float32 sums over groups for 4 bits, and up to rounding without
+        `activation_bits` (then it is the product of the dequantised weight).
+        """
         ...
 
     def write_kv(self, kv: LayerKV, keys_NGD: Tensor, values_NGE: Tensor, layout: Layout) -> None:
@@ -172,4 +217,12 @@ class Ops(Protocol):
         Returns:
             out_NHE, in the dtype of the query.
         """
+        ...
+
+    def argmax(self, logits_RV: Tensor) -> list[int]:
+        """The likeliest token of each row, the lowest id of equals; -1 where it is no number."""
+        ...
+
+    def fuse(self, parts: DecoderParts) -> DecoderPass | None:
+        """All layers as one call, or None: then the decoder calls the other operations."""
         ...

@@ -17,8 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.ops import linear
-from outrider.ops.base import LayerKV, Layout, Linear, Span, Window
+from outrider.ops import linear, quantized
+from outrider.ops.base import (
+    DecoderParts,
+    DecoderPass,
+    Int4Weight,
+    Int8Weight,
+    LayerKV,
+    Layout,
+    Linear,
+    Span,
+    Weight,
+    Window,
+)
 
 TILE = 64
 MIN_ROWS = 16
@@ -90,12 +101,25 @@ class TorchOps:
             plan=groups,
         )
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias_O: Tensor | None = None) -> Linear:
+        if not isinstance(weight, Tensor):
+            return self._quantized(weight, bias_O)
+        return self._float(weight, bias_O)
+
+    def _float(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         is_reference = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
         if self.is_batch_invariant and is_reference:
             return linear.invariant(weight_OI, bias_O)
         self.is_batch_invariant = False
         return linear.plain(weight_OI, bias_O)
+
+    def _quantized(self, weight: Int8Weight | Int4Weight, bias_O: Tensor | None) -> Linear:
+        if weight.scales.device.type != "cpu":
+            self.is_batch_invariant = False
+            return quantized.expanded(weight, bias_O)
+        if weight.activation_bits:
+            return quantized.quantized(weight, bias_O)
+        return self._float(quantized.dequantized(weight), bias_O)
 
     def write_kv(self, kv: LayerKV, keys_NGD: Tensor, values_NGE: Tensor, layout: Layout) -> None:
         kv.keys.index_copy_(0, layout.slots_N, keys_NGD.to(kv.keys.dtype))
@@ -126,6 +150,14 @@ class TorchOps:
                 rows_M, out_MHE = rows_M[group.kept_M], out_MHE[group.kept_M]
             out_NHE[rows_M] = out_MHE
         return out_NHE
+
+    def argmax(self, logits_RV: Tensor) -> list[int]:
+        peak_R, token_R = logits_RV.max(dim=-1)
+        tokens: list[int] = torch.where(peak_R.isfinite(), token_R, -1).tolist()
+        return tokens
+
+    def fuse(self, parts: DecoderParts) -> DecoderPass | None:
+        return None
 
 
 def _positions(span: Span) -> list[int]:

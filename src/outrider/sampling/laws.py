@@ -1,6 +1,6 @@
 """Laws: the target's next-token laws over the root and nodes of one draft tree.
 
-Shape legend: M nodes of the tree, R = M + 1 rows (the root's first), V vocabulary.
+Shape legend: N rows of the step, R of them roots, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outrider.sampling.grammar import GrammarState
 from outrider.sampling.rng import Stream
-from outrider.sampling.shaper import Shaper
+from outrider.sampling.shaper import Shaper, laws_together
 
 
 class Laws(Protocol):
@@ -37,8 +37,8 @@ class TargetLaws:
     """Laws made from the target's logits when a verifier asks: only visited nodes cost anything.
 
     Args:
-        logits_RV: raw logits, the root's row first, then one per node.
-        argmax_R: argmax of each row, on the host.
+        logits_NV: raw logits of the whole step; `first` is the root's row, then one per node.
+        argmax_N: argmax of each row, on the host.
         tokens: committed tokens; the last is the root.
         path_tokens: draft tokens from the root down to a node (`DraftTree.path_tokens`).
         grammar: state after the committed tokens, when the output is constrained.
@@ -47,39 +47,65 @@ class TargetLaws:
     def __init__(
         self,
         shaper: Shaper,
-        logits_RV: Tensor,
-        argmax_R: Sequence[int],
+        logits_NV: Tensor,
+        argmax_N: Sequence[int],
         tokens: Sequence[int],
         path_tokens: Callable[[int], tuple[int, ...]],
         grammar: GrammarState | None = None,
+        first: int = 0,
     ) -> None:
-        self._shaper = shaper
-        self._logits_RV = logits_RV
-        self._argmax_R = argmax_R
+        self.shaper = shaper
+        self.first = first  # in logits_NV
+        self._logits_NV = logits_NV
+        self._argmax_N = argmax_N
         self._tokens = tokens
         self._path_tokens = path_tokens
         self._grammar = grammar
-        self._log_laws: dict[int, Tensor] = {}
+        self._rows: dict[int, Tensor] = {}
+        self._laws: dict[int, Tensor] = {}
 
     def law(self, node: int) -> Tensor:
-        return self.log_law(node).softmax(dim=0)  # exp would start threads for one row
+        if node not in self._laws:
+            self._laws[node] = self._row(node).softmax(dim=0)
+        return self._laws[node]
 
     def log_law(self, node: int) -> Tensor:
-        if node not in self._log_laws:
-            self._log_laws[node] = self._shape(node)
-        return self._log_laws[node]
+        return self._row(node).log_softmax(dim=0)
 
     def argmax(self, node: int) -> int:
-        if self._shaper.is_plain_greedy and self._argmax_R[node + 1] >= 0:
-            return self._argmax_R[node + 1]
-        return int(self.log_law(node).argmax())
+        if self.shaper.is_plain_greedy:
+            token = self._argmax_N[self.first + 1 + node]
+            if token >= 0:
+                return token
+        return int(self._row(node).argmax())
 
     def draw(self, node: int, stream: Stream) -> int:
-        if self._shaper.is_greedy:
+        if self.shaper.is_greedy:
             return self.argmax(node)
         return stream.pick(self.law(node))
 
-    def _shape(self, node: int) -> Tensor:
-        path = self._path_tokens(node) if node >= 0 else ()
-        mask_V = self._grammar.mask(path) if self._grammar else None
-        return self._shaper.log_law(self._logits_RV[node + 1], self._tokens, path, mask_V)
+    def keep_root(self, law_V: Tensor) -> None:
+        """Takes the root's law, made elsewhere from the same row."""
+        self._laws[-1] = law_V
+
+    def _row(self, node: int) -> Tensor:
+        """The shaped logits of a node."""
+        if node not in self._rows:
+            path = self._path_tokens(node) if node >= 0 else ()
+            mask_V = self._grammar.mask(path) if self._grammar else None
+            logits_V = self._logits_NV[self.first + 1 + node]
+            self._rows[node] = self.shaper.shape(logits_V, self._tokens, path, mask_V)
+        return self._rows[node]
+
+
+def shape_roots(logits_NV: Tensor, laws: Sequence[TargetLaws]) -> None:
+    """Makes laws of roots together where a temperature alone shapes them: all rules begin there."""
+    laws = [p for p in laws if p.shaper.is_only_scaled]
+    if not laws:
+        return
+    is_whole_step = len(laws) == len(logits_NV)  # as in plain decoding: nothing to gather
+    logits_RV = logits_NV if is_whole_step else logits_NV[[p.first for p in laws]]
+    made = laws_together(logits_RV, [p.shaper for p in laws])
+    for p, law_V in zip(laws, made, strict=True):
+        if law_V is not None:
+            p.keep_root(law_V)

@@ -6,13 +6,15 @@ four 64-bit words each, so word i is word i % 4 of block i // 4 + 1. A word w is
 ((w >> 12) + 1/2) * 2**-52, which lies in (0, 1), ends excluded. Tokens depend on this definition:
 changing it changes what every seed stands for.
 
-Shape legend: V vocabulary.
+Shape legend: V vocabulary, C contenders.
 """
 
+import math
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -85,10 +87,12 @@ class PositionStream:
 
     def pick(self, law_V: Tensor) -> int:
         host_V = _host(law_V)
-        support = np.flatnonzero(host_V)
-        words = self._words(self._position, len(host_V))[support]
+        words_V = self._words(self._position, len(host_V))
         self._position += 1
-        return int(support[np.argmax(np.log(host_V[support]) + _gumbel(words))])
+        token_C = _contenders(host_V, words_V)
+        if len(token_C) == 1:
+            return int(token_C[0])
+        return int(token_C[np.argmax(np.log(host_V[token_C]) + _gumbel(words_V[token_C]))])
 
     def noise(self, position: int, size: int) -> Tensor:
         """Gumbel noise of token ids [0, size) at a position, float64; a longer one begins alike."""
@@ -108,9 +112,19 @@ def fold(seed: int, index: int) -> int:
 
 def _generator(seed: int, lane: int, position: int) -> Any:
     """Philox at the start of one stream; typed Any because `random_raw` has no precise type."""
-    key = np.array([seed, lane], dtype=np.uint64)
     counter = np.array([0, position, 0, 0], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter)
+    key: Any = _Key(seed, lane)  # numpy's stub forgets ISeedSequence
+    return np.random.Philox(key, counter=counter)
+
+
+class _Key(ISeedSequence):
+    """The key as a seed that is already mixed: given as `key`, numpy would draw a seed besides."""
+
+    def __init__(self, seed: int, lane: int) -> None:
+        self._words = np.array([seed, lane], dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Words:
+        return self._words
 
 
 def _uniforms(words: Words) -> Floats:
@@ -125,6 +139,22 @@ def _gumbel(words: Words) -> Floats:
     return -np.log(-np.log(_uniforms(words)))
 
 
+def _contenders(law_V: Floats, words_V: Words) -> NDArray[np.intp]:
+    """Tokens that can be the argmax of log p + noise, in order: few, so that few logs are taken.
+
+    exp(log p - log(-log u)) = p / -log u is at most p / (1 - u), since -log u >= 1 - u. So whoever
+    stays below the score of one token by that bound has lost; the best by the bound is that token.
+    """
+    rest_V = ~words_V
+    rest_V >>= np.uint64(12)
+    bound_V = law_V / (rest_V + 0.5)  # p / (1 - u), times 2**-52
+    best = int(bound_V.argmax())
+    u = ((int(words_V[best]) >> 12) + 0.5) * 2.0**-52
+    score = float(law_V[best]) / -math.log(u)
+    # Rounding is of the order of 1e-15.
+    tokens_C: NDArray[np.intp] = (bound_V >= score * 2.0**-52 * (1.0 - 1e-9)).nonzero()[0]
+    return tokens_C
+
+
 def _host(law_V: Tensor) -> Floats:
-    host_V: Floats = law_V.detach().to("cpu", torch.float64).numpy()
-    return host_V
+    return np.asarray(law_V.numpy(force=True), dtype=np.float64)

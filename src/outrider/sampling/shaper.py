@@ -1,6 +1,6 @@
 """Shaper: from a row of raw logits to the target's law p, as one request asked for it.
 
-Shape legend: V vocabulary.
+Shape legend: R rows of a step, V vocabulary.
 """
 
 import math
@@ -48,6 +48,11 @@ class Shaper:
     Made once per completion, not shared between them: it counts their tokens for the penalties.
     A law depends on (logits row, committed tokens, path, mask) alone, never on other rows.
 
+    Attributes:
+        is_greedy: every law is a point mass, so that no random number is needed.
+        is_plain_greedy: the argmax of the raw logits is always the answer: no law is needed.
+        is_only_scaled: the temperature alone decides: rows may be shaped together.
+
     Args:
         eos_token_ids: forbidden, like the stop tokens, before `min_tokens`.
         bad_words_ids: token sequences that `sampling.bad_words` stands for.
@@ -75,19 +80,11 @@ class Shaper:
         self._num_prompt = num_prompt
         self._is_counting = _has_penalty(sampling)
         self._counts = TokenCounts(vocab_size, num_prompt)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every law is a point mass, so that no random number is needed."""
-        return self.sampling.is_greedy
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the argmax of the raw logits is always the answer, so that no law is needed."""
-        sampling = self.sampling
         has_mask = bool(self._bad_words_ids) or sampling.min_tokens > 0 or sampling.is_constrained
-        is_shifted = bool(sampling.logit_bias) or _has_penalty(sampling)
-        return self.is_greedy and not has_mask and not is_shifted
+        is_shifted = bool(sampling.logit_bias) or self._is_counting
+        self.is_greedy = sampling.is_greedy
+        self.is_plain_greedy = self.is_greedy and not has_mask and not is_shifted
+        self.is_only_scaled = not (self.is_greedy or has_mask or is_shifted or _filters(sampling))
 
     def log_law(
         self,
@@ -96,7 +93,17 @@ class Shaper:
         path: Sequence[int] = (),
         mask_V: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities of the next token, float64; -inf where it is forbidden.
+        """Log-probabilities of the next token, float64; -inf where it is forbidden."""
+        return self.shape(logits_V, tokens, path, mask_V).log_softmax(dim=0)
+
+    def shape(
+        self,
+        logits_V: Tensor,
+        tokens: Sequence[int],
+        path: Sequence[int] = (),
+        mask_V: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the law, float64: it is their softmax.
 
         Args:
             logits_V: raw logits after `tokens` and `path`.
@@ -108,6 +115,10 @@ class Shaper:
             RequestError: the settings forbid every token, or the logits are not numbers.
         """
         sampling = self.sampling
+        if self.is_only_scaled and mask_V is None:
+            rows_1V, (peak,) = scale_together(logits_V.unsqueeze(0), [self])
+            self._check_peak(peak)
+            return rows_1V[0]
         row_V = logits_V.double()
         if mask_V is not None:
             row_V = row_V.masked_fill(~mask_V.to(row_V.device), transforms.NEVER)
@@ -120,7 +131,7 @@ class Shaper:
             row_V = transforms.keep_min_p(row_V, sampling.min_p)
             row_V = transforms.keep_top_k(row_V, sampling.top_k)
             row_V = transforms.keep_top_p(row_V, sampling.top_p)
-        return row_V.log_softmax(dim=0)
+        return row_V
 
     def _forbidden(self, tokens: Sequence[int], path: Sequence[int]) -> list[int]:
         """Single tokens that minimum length and bad words rule out here."""
@@ -159,6 +170,32 @@ class Shaper:
         names = ("logit_bias", "min_tokens", "bad_words", "json_schema", "regex", "grammar")
         asked = {name: getattr(self.sampling, name) for name in names}
         return ", ".join(f"{name}={_short(value)}" for name, value in asked.items() if value)
+
+
+def scale_together(logits_RV: Tensor, shapers: Sequence[Shaper]) -> tuple[Tensor, list[float]]:
+    """`Shaper.shape` of rows that are only scaled, and the peak of each; no row's bits depend on R.
+
+    A row whose peak is not finite is void.
+    """
+    rows_RV = logits_RV.to(torch.float64, copy=True)
+    peaks_R1 = rows_RV.amax(dim=1, keepdim=True)
+    temperatures = [[shaper.sampling.temperature] for shaper in shapers]
+    temperatures_R1 = torch.tensor(temperatures, dtype=rows_RV.dtype, device=rows_RV.device)
+    return rows_RV.sub_(peaks_R1).div_(temperatures_R1), peaks_R1.flatten().tolist()
+
+
+def laws_together(logits_RV: Tensor, shapers: Sequence[Shaper]) -> list[Tensor | None]:
+    """The laws of rows that are only scaled, on the host; None where the logits are no numbers."""
+    scaled_RV, peaks = scale_together(logits_RV, shapers)
+    laws_RV = scaled_RV.softmax(dim=1).cpu()
+    return [
+        law_V if math.isfinite(peak) else None
+        for law_V, peak in zip(laws_RV.unbind(), peaks, strict=True)
+    ]
+
+
+def _filters(sampling: SamplingParams) -> bool:
+    return sampling.min_p > 0.0 or sampling.top_k > 0 or sampling.top_p < 1.0
 
 
 def _has_penalty(sampling: SamplingParams) -> bool:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple, Protocol
 
+MAX_WINDOW = 8  # a longer one costs more with each token, a shorter one moves on more often
+
 
 class Decoder(Protocol):
     """What is needed of a tokenizer."""
@@ -20,8 +22,8 @@ class Detokenizer:
     """Text of one completion. `take` hands out what is new and can no longer change.
 
     A window of ids that begins at a settled character boundary is decoded anew with each
-    token, since its text depends on its neighbours; it moves on when the end is whole. Tokens
-    enter one by one, so that the text never depends on how many a step has committed.
+    token, since its text depends on its neighbours; now and then it moves on. Tokens enter one
+    by one, so that the text never depends on how many a step has committed.
 
     Args:
         stop: texts that end the output; text that may turn out to begin one is held back.
@@ -38,20 +40,22 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         context: tuple[int, ...] = (),
     ) -> None:
-        self.text = ""
         self._tokenizer = tokenizer
         self._stop = stop
+        self._longest_stop = max(map(len, stop), default=0)
         self._keeps_stop = keeps_stop
         self._skip_special_tokens = skip_special_tokens
+        self._text = ""  # settled, not taken yet
         self._window: list[int] = list(context)
         self._num_settled = len(context)
-        self._num_taken = 0
+        self._settled = self._decode(self._window)  # the text of that many
         self._is_closed = False
 
     def add(self, tokens: tuple[int, ...], *, may_stop: bool = True) -> Stop | None:
         """Adds tokens; stops after the first that completes a stop text and forgets the rest."""
+        may_stop = may_stop and bool(self._stop)
         for count, token in enumerate(tokens, start=1):
-            start = len(self.text)
+            start = len(self._text)
             self._push(token)
             found = self._find(start) if may_stop else None
             if found is not None:
@@ -62,51 +66,54 @@ class Detokenizer:
     def take(self, *, is_last: bool = False) -> str:
         """New text since the last call; with `is_last` all that is left, incomplete ends too."""
         if is_last and not self._is_closed:
-            self.text += self._pending()
+            self._text += self._pending()
             self._is_closed = True
-        end = len(self.text) if is_last or self._is_closed else len(self.text) - self._held_back()
-        new, self._num_taken = self.text[self._num_taken : end], max(end, self._num_taken)
+        is_all = self._is_closed or not self._stop
+        end = len(self._text) - (0 if is_all else self._held_back())
+        new, self._text = self._text[:end], self._text[end:]
         return new
 
     def peek(self, tokens: tuple[int, ...]) -> str:
         """What would follow the text taken so far after these tokens; nothing is changed."""
-        settled = self._decode(self._window[: self._num_settled])
-        added = self._decode([*self._window, *tokens])[len(settled) :]
-        return self.text[self._num_taken :] + added
+        return self._text + self._decode([*self._window, *tokens])[len(self._settled) :]
 
     def _push(self, token: int) -> None:
-        self._window.append(token)
-        settled = self._decode(self._window[: self._num_settled])
-        whole = self._decode(self._window)
-        if len(whole) > len(settled) and not whole.endswith("\ufffd"):
-            self.text += whole[len(settled) :]
-            # The last token added stays as context for the next; older ones are no longer needed.
-            self._window = self._window[self._num_settled :]
-            self._num_settled = len(self._window)
+        window = self._window
+        window.append(token)
+        whole = self._tokenizer.decode(window, self._skip_special_tokens)
+        num_told = len(self._settled)
+        if len(whole) > num_told and whole[-1] != "\ufffd":
+            self._text += whole[num_told:]
+            if len(window) >= MAX_WINDOW:
+                # What was added last stays as context for the next token.
+                window = self._window = window[self._num_settled :]
+                whole = self._decode(window)
+            self._num_settled, self._settled = len(window), whole
 
     def _pending(self) -> str:
-        settled = self._decode(self._window[: self._num_settled])
-        return self._decode(self._window)[len(settled) :]
+        return self._decode(self._window)[len(self._settled) :]
 
     def _decode(self, ids: list[int]) -> str:
         if not ids:
             return ""
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+        return self._tokenizer.decode(ids, self._skip_special_tokens)
 
     def _find(self, start: int) -> tuple[int, str] | None:
-        """(position, stop text) of the first stop that ends after `start`."""
-        found = [(self.text.find(s, max(0, start - len(s) + 1)), s) for s in self._stop]
+        """(position, stop text) of the first stop that ends after `start`.
+
+        None begins in text that was taken: its beginning would have been held back.
+        """
+        found = [(self._text.find(s, max(0, start - len(s) + 1)), s) for s in self._stop]
         hits = [(at, s) for at, s in found if at >= 0]
         return min(hits, key=lambda hit: hit[0] + len(hit[1])) if hits else None
 
     def _cut(self, at: int, stop: str) -> None:
-        self.text = self.text[: at + len(stop) if self._keeps_stop else at]
-        self._window, self._num_settled, self._is_closed = [], 0, True
+        self._text = self._text[: at + len(stop) if self._keeps_stop else at]
+        self._window, self._num_settled, self._settled, self._is_closed = [], 0, "", True
 
     def _held_back(self) -> int:
         """Length of the longest ending that begins a stop text."""
-        longest = max((len(s) for s in self._stop), default=1) - 1
-        for size in range(min(longest, len(self.text)), 0, -1):
-            if any(s.startswith(self.text[-size:]) for s in self._stop):
+        for size in range(min(self._longest_stop - 1, len(self._text)), 0, -1):
+            if any(s.startswith(self._text[-size:]) for s in self._stop):
                 return size
         return 0

@@ -1,7 +1,7 @@
 """Events: what a step tells the clients. Committed text is final; a tail is only expected."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,7 @@ class TokenLogprob:
     top: dict[int, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Committed:
+class Committed(NamedTuple):
     """Verified tokens; numbered, append-only. Texts of all events, joined, are the output.
 
     Attributes:
@@ -80,7 +79,7 @@ class Committed:
     """
 
     request_id: str
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
     offset: int = 0
     token_ids: tuple[int, ...] = ()
     text: str = ""

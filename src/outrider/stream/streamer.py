@@ -69,7 +69,8 @@ class Streamer:
         return [self._event(c) for c in commits if c.tokens or c.finish_reason]
 
     def _event(self, commit: Commit) -> Event:
-        seq, told = commit.seq, self._told[commit.seq.id]
+        seq = commit.seq
+        told = self._told[seq.id]
         offset = told.num_tokens
         if commit.tokens:
             told.count(commit)
@@ -84,7 +85,7 @@ class Streamer:
             num_accepted=commit.num_accepted,
             num_from_draft=commit.num_kept,
             source=commit.tree.source,
-            logprobs=_logprobs(commit),
+            logprobs=_logprobs(commit) if commit.logprobs else (),
             finish_reason=commit.finish_reason,
             stop_reason=seq.stop_reason,
             error=commit.error,

@@ -16,7 +16,8 @@ from outrider.models.config import DecoderConfig
 from outrider.models.decoder import Decoder
 from outrider.models.runner import Runner
 from outrider.models.weights import tensor_shapes
-from outrider.ops.torch import TorchOps
+from outrider.ops.choose import choose
+from outrider.quant.schemes import find_scheme
 from outrider.request import Request
 from outrider.stream.events import Committed, Event
 
@@ -51,7 +52,13 @@ class ByteTokenizer:
 
 
 def tiny_decoder(
-    seed: int = 0, *, scale: float = 0.25, noise: float = 0.0, **config: Any
+    seed: int = 0,
+    *,
+    scale: float = 0.25,
+    noise: float = 0.0,
+    quantization: str | None = None,
+    kernels: str = "auto",
+    **config: Any,
 ) -> Decoder:
     """A random Llama of two layers over 256 tokens.
 
@@ -59,6 +66,8 @@ def tiny_decoder(
         scale: deviation of the weights; larger makes sharper laws.
         noise: deviation of what is added to the weights of this seed; the less, the more often
             the decoder agrees with the one without.
+        quantization: name of a scheme for its weights.
+        kernels: "cpu", "torch", or "auto": see `ops.choose`.
         config: keys of a Hugging Face config that shall differ.
     """
     read = DecoderConfig.from_dict({**TINY, **config})
@@ -71,7 +80,14 @@ def tiny_decoder(
         for name, shape in tensor_shapes(read).items()
         if not (read.is_tied and name == "lm_head.weight")
     }
-    return Decoder(read, tensors, TorchOps(), name=f"tiny-{seed}", eos_token_ids=(EOS,))
+    return Decoder(
+        read,
+        tensors,
+        choose(kernels),
+        name=f"tiny-{seed}",
+        eos_token_ids=(EOS,),
+        scheme=find_scheme(quantization),
+    )
 
 
 def tiny_engine(
@@ -82,6 +98,7 @@ def tiny_engine(
     draft_seed: int | None = 0,
     draft_noise: float = 0.0,
     target: Decoder | None = None,
+    kernels: str = "auto",
     options: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> Engine:
@@ -92,15 +109,17 @@ def tiny_engine(
         draft_seed: seed of the draft model; 0 is the target itself, None loads none.
         draft_noise: added to the draft model's weights; 0.01 on the target's own is accepted
             about half of the time.
+        kernels: of the draft model, and of the target where none is given.
         options: fields of `EngineConfig`. engine: further arguments of `Engine`.
     """
-    target = target or tiny_decoder()
+    target = target or tiny_decoder(kernels=kernels)
     config = EngineConfig(
         **{"block_size": block_size, "check_integrity": True, "max_num_seqs": 16, **(options or {})}
     )
     mine: list[Drafter] = [NgramDrafter(), *(drafters or ())]
     if draft_seed is not None:
-        runner, manager = _pooled(tiny_decoder(draft_seed, noise=draft_noise), num_blocks, config)
+        draft = tiny_decoder(draft_seed, noise=draft_noise, kernels=kernels)
+        runner, manager = _pooled(draft, num_blocks, config)
         mine.append(ModelDrafter(runner, manager, VOCAB_SIZE))
     runner, manager = _pooled(target, num_blocks, config)
     engine.setdefault("tokenizer", ByteTokenizer())

@@ -29,13 +29,14 @@ class SampledVerifier:
 
 
 def walk(tree: DraftTree, token_after: Callable[[int], int]) -> Verdict:
-    """Down the tree while a child holds the target's token; the first that is no child ends it."""
+    """Down the tree while a child holds the target's token; a token that no child holds ends it.
+
+    One pass is enough: parents stand before their children, and the first of equal siblings wins.
+    """
     accepted: list[int] = []
-    node = -1
-    while True:
-        token = token_after(node)
-        child = next((c for c in tree.children(node) if tree.tokens[c] == token), None)
-        if child is None:
-            return Verdict(tuple(accepted), token)
-        accepted.append(child)
-        node = child
+    last, token = -1, token_after(-1)
+    for node, drafted in enumerate(tree.tokens):
+        if drafted == token and tree.parents[node] == last:
+            accepted.append(node)
+            last, token = node, token_after(node)
+    return Verdict(tuple(accepted), token)

@@ -4,10 +4,10 @@ from functools import cache
 
 from outrider.errors import RequestError
 from outrider.registry import VERIFIERS
-from outrider.sampling.laws import TargetLaws
+from outrider.sampling.laws import TargetLaws, shape_roots
 from outrider.sampling.rng import PositionStream, RootStream, Stream
 from outrider.sequence import Sequence
-from outrider.step import Batch, DraftTree, Row, TargetOutput, Verdict
+from outrider.step import Batch, DraftTree, TargetOutput, Verdict
 from outrider.verify.base import Verifier
 
 
@@ -25,26 +25,33 @@ class Verifiers:
         self, batch: Batch, drafts: list[DraftTree], output: TargetOutput
     ) -> list[Verdict | None]:
         """One verdict per row, None for rows that stop short of their last token."""
-        return [
-            _verdict(row, tree, output, first) if first >= 0 else None
+        laws = [
+            _laws(row.seq, tree, output, first) if first >= 0 else None
             for row, tree, first in zip(batch.rows, drafts, output.first, strict=True)
+        ]
+        shape_roots(output.logits_NV, [p for p in laws if p is not None])
+        return [
+            None if p is None else _verdict(row.seq, tree, p)
+            for row, tree, p in zip(batch.rows, drafts, laws, strict=True)
         ]
 
 
-def _verdict(row: Row, tree: DraftTree, output: TargetOutput, first: int) -> Verdict:
-    seq = row.seq
-    rows = slice(first, first + 1 + len(tree))
-    rule = verifier(seq.speculation.verifier)
-    laws = TargetLaws(
+def _laws(seq: Sequence, tree: DraftTree, output: TargetOutput, first: int) -> TargetLaws:
+    return TargetLaws(
         seq.shaper,
-        output.logits_NV[rows],
-        output.argmax_N[rows],
+        output.logits_NV,
+        output.argmax_N,
         seq.tokens,
         tree.path_tokens,
         seq.grammar,
+        first,
     )
+
+
+def _verdict(seq: Sequence, tree: DraftTree, p: TargetLaws) -> Verdict:
+    rule = verifier(seq.speculation.verifier)
     try:
-        return rule.verify(tree, laws, _stream(seq, rule))
+        return rule.verify(tree, p, _stream(seq, rule))
     except RequestError as error:
         return Verdict((), -1, str(error))
 

@@ -1,0 +1,138 @@
+"""FusedDecoder: all layers of a dense decoder as one call of the kernels.
+
+Shape legend: N rows of the pass, R rows whose logits are wanted, V vocabulary, P positions,
+W rotated width.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from outrider.ops.base import DecoderParts, LayerKV, LayerParts, Layout
+from outrider.ops.cpu.library import (
+    BFLOAT16,
+    FLOAT32,
+    CallStruct,
+    DecoderStruct,
+    KVStruct,
+    LayerStruct,
+    Library,
+    LinearStruct,
+)
+from outrider.ops.cpu.linear import CpuLinear, stored
+from outrider.ops.cpu.memory import Arena
+from outrider.ops.cpu.spans import SpanTable
+
+
+class FusedDecoder:
+    """A `DecoderPass`; one pass at a time, for it works in memory of its own."""
+
+    def __init__(self, library: Library, arena: Arena, parts: DecoderParts) -> None:
+        self._library = library
+        self._scratch = library.decoder_scratch()
+        self._kept: list[object] = [parts]
+        self._vocab_size = _linear(parts.head).outputs
+        self._model = self._describe(arena, parts)
+        self._address = ctypes.addressof(self._model)
+        self._pool: list[LayerKV] | None = None
+        self._pool_structs: ctypes.Array[KVStruct] | None = None
+
+    def __del__(self) -> None:
+        self._library.decoder_free(self._scratch)
+
+    def __call__(
+        self,
+        tokens_N: Tensor,
+        layout: Layout,
+        kv: list[LayerKV],
+        wanted_R: Tensor,
+        cos_PW: Tensor,
+        sin_PW: Tensor,
+    ) -> Tensor:
+        table = layout.plan
+        assert isinstance(table, SpanTable)
+        num_wanted = wanted_R.shape[0]
+        logits_RV = torch.empty(num_wanted, self._vocab_size)
+        call = CallStruct(
+            tokens_N.data_ptr(),
+            table.spans_address,
+            table.parents_address,
+            wanted_R.data_ptr(),
+            cos_PW.data_ptr(),
+            sin_PW.data_ptr(),
+            self._pool_address(kv),
+            logits_RV.data_ptr(),
+            len(layout.spans),
+            num_wanted,
+            torch.get_num_threads(),
+        )
+        self._library.decoder(self._address, ctypes.addressof(call), self._scratch)
+        return logits_RV
+
+    def _pool_address(self, kv: list[LayerKV]) -> int:
+        """Where the addresses of this pool's tensors stand; the same pool comes every time."""
+        if kv is not self._pool or self._pool_structs is None:
+            assert all(part.dtype == torch.float32 for layer in kv for part in layer)
+            structs = [KVStruct(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in kv]
+            self._pool, self._pool_structs = kv, (KVStruct * len(kv))(*structs)
+        return ctypes.addressof(self._pool_structs)
+
+    def _describe(self, arena: Arena, parts: DecoderParts) -> DecoderStruct:
+        head = _linear(parts.head)
+        layers = (LayerStruct * len(parts.layers))(*(self._layer(part) for part in parts.layers))
+        embedding_VD = arena.place(stored(parts.embedding_VD))
+        kind = BFLOAT16 if embedding_VD.dtype == torch.bfloat16 else FLOAT32
+        self._kept += [layers, embedding_VD]
+        return DecoderStruct(
+            embedding_VD.shape[1],
+            parts.num_heads,
+            parts.num_kv_heads,
+            parts.head_dim,
+            parts.intermediate_size,
+            self._vocab_size,
+            len(parts.layers),
+            parts.rotated_width,
+            parts.norm_eps,
+            parts.attention_scale,
+            embedding_VD.data_ptr(),
+            kind,
+            self._address_of(parts.final_norm_D),
+            head,
+            layers,
+        )
+
+    def _layer(self, parts: LayerParts) -> LayerStruct:
+        return LayerStruct(
+            self._address_of(parts.attention_norm_D),
+            self._address_of(parts.mlp_norm_D),
+            self._address_of(parts.query_norm_D),
+            self._address_of(parts.key_norm_D),
+            _linear(parts.qkv),
+            _linear(parts.output),
+            _linear(parts.gate_up),
+            _linear(parts.down),
+            parts.window.sliding,
+            parts.window.chunk,
+            parts.has_rope,
+        )
+
+    def _address_of(self, vector_D: Tensor | None) -> int | None:
+        if vector_D is None:
+            return None
+        vector_D = vector_D.float().contiguous()
+        self._kept.append(vector_D)
+        return vector_D.data_ptr()
+
+
+def is_fusable(parts: DecoderParts) -> bool:
+    """Whether every product is one of the kernels' own."""
+    products: list[object] = [parts.head]
+    for layer in parts.layers:
+        products += [layer.qkv, layer.output, layer.gate_up, layer.down]
+    return all(isinstance(product, CpuLinear) for product in products)
+
+
+def _linear(product: object) -> LinearStruct:
+    assert isinstance(product, CpuLinear)
+    return product.struct
