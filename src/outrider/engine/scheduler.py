@@ -63,8 +63,9 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Rows for one step with KV blocks reserved for their tokens and draft nodes."""
+        block_size = self.config.block_size
         for seq in self.running:
-            if seq.num_cached <= (len(seq.table.blocks) - 1) * self.config.block_size:
+            if seq.num_cached <= (len(seq.table.blocks) - 1) * block_size:
                 self.manager.truncate(seq.table, seq.num_cached)  # the room of drafts that are gone
         rows: list[Row] = []
         preempted: list[Sequence] = []
@@ -118,12 +119,14 @@ class Scheduler:
                 wider.append(row)
                 continue
             end = row.seq.num_cached + row.num_tokens
-            # A cached block gives way only where none is empty: drafts may be rejected.
-            num_blocks = self.manager.num_empty or min(1, self.manager.num_free)
-            room = (num_blocks + len(table.blocks)) * self.config.block_size - end
             depth = min(spec.num_draft_tokens, usable(row.seq, self.config.max_model_len))
-            nodes = min(depth * spec.width, budget, room)
-            self.manager.reserve(table, end + nodes)
+            nodes = min(depth * spec.width, budget)
+            capacity = len(table.blocks) * self.config.block_size
+            if end + nodes > capacity:
+                # A cached block gives way only where none is empty: drafts may be rejected.
+                num_blocks = self.manager.num_empty or min(1, self.manager.num_free)
+                nodes = min(nodes, capacity + num_blocks * self.config.block_size - end)
+                self.manager.reserve(table, end + nodes)
             wider.append(Row(row.seq, row.num_tokens, nodes))
             budget -= nodes
         return wider
@@ -131,6 +134,8 @@ class Scheduler:
     def _make_room(self, seq: Sequence, num_tokens: int, preempted: list[Sequence]) -> bool:
         """Reserves blocks for committed tokens, taking them from the last in rank if it must."""
         end = seq.num_cached + num_tokens
+        if end <= len(seq.table.blocks) * self.config.block_size:
+            return True
         while not self.manager.reserve(seq.table, end):
             victim = self.running[-1]  # not yet scheduled: rows are handed out in order of rank
             self._preempt(victim)

@@ -50,16 +50,11 @@ class Runner:
 
     def forward(self, batch: Batch, drafts: list[DraftTree]) -> TargetOutput:
         """One pass of the target over all rows and their drafts."""
-        pieces = [
-            Piece(
-                row.seq.table,
-                row.seq.num_cached,
-                row.seq.tokens[row.seq.num_cached : row.seq.num_cached + row.num_tokens],
-                tree,
-                row.reaches_end,
-            )
-            for row, tree in zip(batch.rows, drafts, strict=True)
-        ]
+        pieces = []
+        for (seq, num_tokens, _), tree in zip(batch.rows, drafts, strict=True):
+            start, stop = seq.num_cached, seq.num_cached + num_tokens
+            reaches_end = stop == len(seq.tokens)
+            pieces.append(Piece(seq.table, start, seq.tokens[start:stop], tree, reaches_end))
         return self.run(pieces)
 
     @torch.inference_mode()

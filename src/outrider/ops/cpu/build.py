@@ -10,7 +10,9 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ SOURCES = Path(__file__).parent / "cpp"
 MAIN = SOURCES / "outrider.cpp"
 BASE_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-w")
 NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+COMPILERS = ("c++", "g++", "clang++")
 OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
 TIMEOUT_S = 300
 logger = logging.getLogger(__name__)
@@ -32,11 +35,14 @@ def load() -> ctypes.CDLL | None:
     """The kernels, compiled now if they never were; None, said once, where that is impossible."""
     compiler = find_compiler()
     if compiler is None:
-        logger.warning("no C++ compiler (CXX, c++, g++, clang++): torch's kernels serve, slower")
+        logger.warning(
+            "no C++ compiler (%s): torch's kernels serve, slower",
+            f"CXX={os.environ['CXX']!r}" if os.environ.get("CXX") else ", ".join(COMPILERS),
+        )
         return None
     for recipe in recipes(compiler):
-        library = cache_folder() / f"kernels-{recipe.key}.so"
         try:
+            library = cache_folder() / f"kernels-{recipe.key}.so"
             if not library.exists():
                 _announce()
                 recipe.build(library)
@@ -78,9 +84,9 @@ class Recipe:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             objects, made = Path(folder, "kernels.o"), Path(folder, library.name)
-            _run([self.compiler, *self.flags, "-c", str(MAIN), "-o", str(objects)])
+            _run([*shlex.split(self.compiler), *self.flags, "-c", str(MAIN), "-o", str(objects)])
             linked = [str(self.openmp), f"-Wl,-rpath,{self.openmp.parent}"] if self.openmp else []
-            _run([self.compiler, "-shared", str(objects), *linked, "-o", str(made)])
+            _run([*shlex.split(self.compiler), "-shared", str(objects), *linked, "-o", str(made)])
             ctypes.CDLL(str(made))  # a library that does not load is not kept
             os.replace(made, library)
 
@@ -94,8 +100,11 @@ def recipes(compiler: str) -> Iterator[Recipe]:
 
 
 def find_compiler() -> str | None:
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    """CXX alone if it is set (words after the program are kept), else the first that is there."""
+    chosen = os.environ.get("CXX", "").strip()
+    if chosen:
+        return chosen if shutil.which(shlex.split(chosen)[0]) else None
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
 def torch_openmp() -> Path | None:
@@ -114,10 +123,21 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        folder = Path(tempfile.gettempdir(), f"outrider-{os.getuid()}")
-    if not os.access(folder, os.W_OK) and not any(folder.glob("kernels-*.so")):
-        folder = Path(tempfile.gettempdir(), f"outrider-{os.getuid()}")
-    return folder
+        return _temporary_folder()
+    if os.access(folder, os.W_OK) or any(folder.glob("kernels-*.so")):
+        return folder
+    return _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    """Nobody else may put a library there: one that is found is loaded."""
+    folder = Path(tempfile.gettempdir(), f"outrider-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if is_ours and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return folder
+    return Path(tempfile.mkdtemp(prefix="outrider-"))
 
 
 def processor() -> str:
@@ -140,7 +160,7 @@ def _loaded_libraries() -> list[Path]:
 
 @functools.cache
 def _version(compiler: str) -> str:
-    command = [compiler, "--version"]
+    command = [*shlex.split(compiler), "--version"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
     except OSError:  # not a program of this machine: compiling will say so

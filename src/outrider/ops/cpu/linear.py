@@ -21,12 +21,15 @@ from outrider.ops.cpu.library import (
 from outrider.ops.cpu.memory import Arena
 from outrider.ops.quantized import dequantized
 
+MAX_ACTIVATION_BITS = 15
+
 
 class CpuLinear:
     """x_NI -> y_NO = x W^T + b over row-major weights in large pages.
 
     Float32 weights whose values all fit bfloat16, as those of most checkpoints do, are kept so:
-    half the bytes to read, and the same sums bit for bit.
+    half the bytes to read, and nothing is rounded. On matrix units their sums are taken in
+    another order than those of float32 weights.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ def _struct(
 ) -> tuple[LinearStruct, tuple[object, ...]]:
     """The kernels' view of a layer, and what must live as long as it."""
     num_outputs, num_inputs = weight.shape
+    assert getattr(weight, "activation_bits", 0) <= MAX_ACTIVATION_BITS, "two planes of 7 bits"
     bias_O = None if bias_O is None else bias_O.float().contiguous()
     scales, bits = None, 0
     if isinstance(weight, Int8Weight):

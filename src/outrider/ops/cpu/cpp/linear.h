@@ -16,15 +16,15 @@
 constexpr int ROW_BLOCK = 64;  // rows of x that stay in cache while W streams by
 constexpr int FEW_INTEGER_ROWS = 3;  // up to which vectors are as fast as matrix units
 
-// Rows of W, and of x, whose products stay in registers: few rows of x, or more of them.
+// Products that stay in registers: FEW_ROWS of x beside 4 rows of W, or where x has more rows,
+// MORE_ROWS of them beside OUTPUTS rows of W.
 #if defined(__AVX512F__)
-constexpr int OUTPUTS = 8, FEW_ROWS = 3;
-constexpr int MORE_ROWS = 6;
+constexpr int FEW_ROWS = 6;
+constexpr int MORE_ROWS = 3, OUTPUTS = 8;
 #else
-constexpr int OUTPUTS = 4, FEW_ROWS = 2;
-constexpr int MORE_ROWS = 3;
+constexpr int FEW_ROWS = 3;
+constexpr int MORE_ROWS = 2, OUTPUTS = 4;
 #endif
-constexpr int HALF = OUTPUTS == 8 ? 4 : OUTPUTS;  // rows of W beside MORE_ROWS
 constexpr int INPUTS_BLOCK = 512;   // inputs whose x and W stay in the first cache between rows
 
 // Whether the matrix units serve. For bfloat16 that is a matter of the layer alone, for they round
@@ -83,7 +83,7 @@ inline void prepare_rows(const Linear& layer, const Inputs& in, int begin, int e
 // ---- float arithmetic ----
 
 // sums[m][j] += x[m] . w[j] over inputs [begin, end), lane by lane. `next`, where the rows of W behind
-// these lie, is fetched meanwhile in one sweep; null leaves that to the processor.
+// these lie, is fetched meanwhile in one sweep; null if it is there.
 template <int M, int J, class W>
 KERNEL void accumulate(const W* const* w, const float* x, long stride, int begin, int end,
                        const W* next, Vec (*sums)[J]) {
@@ -338,7 +338,6 @@ inline void float_blocks(const Linear& layer, const Inputs& in, int begin, int e
         for (int m = 0; m < in.rows; m++)
             for (int j = 0; j < J; j++) sums[m][j] = Vec{};
         const int block = in.rows <= M ? inputs : INPUTS_BLOCK;
-        const bool is_sweeping = in.rows > FEW_ROWS;  // below that it only gets in the way
         for (int i = 0; i < inputs; i += block) {
             const int stop = inputs - i < block ? inputs : i + block;
             const W* next = w[0] + static_cast<long>(J) * inputs;
@@ -357,8 +356,7 @@ inline void float_blocks(const Linear& layer, const Inputs& in, int begin, int e
                     accumulate_rows<M, J, float>(rows, widened, x + i, in.stride, 0, stop - i, nullptr,
                                                  sums + m);
                 else
-                    accumulate_rows<M, J>(rows, w, x, in.stride, i, stop, is_sweeping && !m ? next : nullptr,
-                                          sums + m);
+                    accumulate_rows<M, J>(rows, w, x, in.stride, i, stop, m ? nullptr : next, sums + m);
             }
         }
         for (int m = 0; m < in.rows; m++) {
@@ -373,11 +371,9 @@ template <class W, class Finish>
 inline void float_share(const Linear& layer, const Inputs& in, int begin, int end,
                         const Finish& finish) {
     if (in.rows <= FEW_ROWS)
-        float_blocks<FEW_ROWS, OUTPUTS, false, W>(layer, in, begin, end, finish);
-    else if (in.rows <= MORE_ROWS)
-        float_blocks<MORE_ROWS, HALF, false, W>(layer, in, begin, end, finish);
+        float_blocks<FEW_ROWS, 4, false, W>(layer, in, begin, end, finish);
     else
-        float_blocks<FEW_ROWS, OUTPUTS, sizeof(W) < sizeof(float), W>(layer, in, begin, end, finish);
+        float_blocks<MORE_ROWS, OUTPUTS, sizeof(W) < sizeof(float), W>(layer, in, begin, end, finish);
 }
 
 template <int PLANES, class Finish>
