@@ -10,6 +10,7 @@ one again: all less the faster of the two is decoding. Round 0 warms up and is n
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,8 @@ SETTLE_S = 0.5  # the last arm's threads stop spinning
 
 def main() -> None:
     args = _arguments()
-    facts = provenance()
+    command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
+    facts = {**provenance(), "command": command}
     arms = _chosen(args)
     prompts = _prompts(args.corpus)
     workers = {arm.name: _start(arm, args.threads) for arm in arms}

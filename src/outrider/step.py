@@ -58,9 +58,12 @@ class RowPlan(NamedTuple):
 Plan: TypeAlias = list[RowPlan]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class DraftTree:
     """Proposed tokens with parents; topological order, siblings in the order they were drawn.
+
+    Nobody changes one. It is not frozen because one is made for each row of each step, and a frozen
+    one takes three times as long to make.
 
     Attributes:
         tokens: M token ids.

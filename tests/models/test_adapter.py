@@ -6,7 +6,7 @@ Shape legend: N rows of a pass, V vocabulary.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from outrider.models.adapter import Adapter, load_adapter
 from outrider.ops.base import LayerKV, Ops, Span
 from outrider.ops.torch import TorchOps
+from tests.kernels import make_ops
 
 VOCAB = 96
 PROMPT = 41
@@ -202,10 +203,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=CASES)
+FAST_OPS: dict[str, Callable[[], Ops]] = {
+    "torch": lambda: TorchOps(batch_invariant=False),
+    "cpu": lambda: make_ops("cpu"),
+}
+
+
+@pytest.fixture(scope="module", params=itertools.product(CASES, FAST_OPS), ids="-".join)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = save_tiny(*CASES[request.param], tmp_path_factory.mktemp("tiny"))
-    adapter = load_tiny(folder, TorchOps(batch_invariant=False))
+    name, kernels = request.param
+    folder = save_tiny(*CASES[name], tmp_path_factory.mktemp("tiny"))
+    adapter = load_tiny(folder, FAST_OPS[kernels]())
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     )

@@ -15,6 +15,7 @@ from outrider.models.adapter_probe import read_window
 from outrider.models.base import KVShape
 from outrider.ops.base import Window
 from outrider.ops.torch import TorchOps
+from tests.kernels import make_ops
 from tests.models.test_adapter import (
     BASE,
     CASES,
@@ -224,15 +225,16 @@ WIDER["deepseek-v3"] = {
 }
 
 
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "gpt-oss", "deepseek-v3"])
-def test_rows_do_not_depend_on_their_company(name: str, tmp_path: Path) -> None:
+def test_rows_do_not_depend_on_their_company(name: str, kernels: str, tmp_path: Path) -> None:
     """Verified next to other sequences in a tree, or decoded alone: the same bits.
 
     Widths are multiples of 32: element-wise torch kernels treat the last values of a tensor apart.
     """
     config, options = CASES[name]
     options = options | WIDE | WIDER.get(name, {})
-    adapter = load_tiny(save_tiny(config, options, tmp_path), TorchOps())
+    adapter = load_tiny(save_tiny(config, options, tmp_path), make_ops(kernels))
     together, a, b = Pool(adapter), tokens_of(1, 30), tokens_of(2, 11)
     together.run(Row("b", b[:5]), Row("a", a[:-1]))
     tree_NV = together.run(Row("b", b[5:], TREE), Row("a", a[-1:], TREE))["a"]

@@ -3,6 +3,7 @@
 The cases are those of the random models: prefill, chunks, ragged decode, trees, compaction.
 """
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import transformers
 from outrider.models.base import Network
 from outrider.models.network import load_network
 from outrider.ops.base import Span
-from outrider.ops.torch import TorchOps
 from outrider.tokenizer import load_tokenizer
+from tests.kernels import make_ops
 from tests.models import test_adapter, test_decoder
 from tests.models.tiny import Passes, difference
 
@@ -42,9 +43,10 @@ def folder(request: pytest.FixtureRequest, shared_data: Path) -> Path:
     return checkpoint(shared_data, request.param)
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=itertools.product(NETWORKS, ("torch", "cpu")), ids="-".join)
 def case(request: pytest.FixtureRequest, folder: Path) -> Case:
-    network = load_network(str(folder), ops=TorchOps(), network=request.param)
+    kind, kernels = request.param
+    network = load_network(str(folder), ops=make_ops(kernels), network=kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     )
@@ -67,12 +69,13 @@ def test_prefill_of_text(case: Case, folder: Path) -> None:
     assert difference(ours, case.expected(prompt)) < test_decoder.TOLERANCE
 
 
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_greedy_story(network: str, shared_data: Path) -> None:
+def test_greedy_story(network: str, kernels: str, shared_data: Path) -> None:
     folder = checkpoint(shared_data, "stories260K")
     tokenizer = load_tokenizer(folder)
     prompt = tokenizer.encode("Once upon a time")
-    run = Passes(load_network(str(folder), ops=TorchOps(), network=network))
+    run = Passes(load_network(str(folder), ops=make_ops(kernels), network=network))
     tokens, num_cached = list(prompt), 0
     for _ in range(30):
         span = Span(list(range(len(tokens))), num_cached, len(tokens) - num_cached)

@@ -152,22 +152,49 @@ def test_a_library_that_does_not_load_is_not_kept(make_stub, cache, tmp_path) ->
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("refused", [["-march=native"], ["-march=native", "-mcpu=native"]])
-def test_flags_that_a_compiler_refuses_are_left_out(make_stub, caplog, refused) -> None:
-    stub = make_stub(*refused)
+def test_flags_that_a_compiler_refuses_are_left_out_and_that_is_said(make_stub, caplog) -> None:
+    native = [flag for flags in build.native_flags() for flag in flags]
+    stub = make_stub(*native)
     assert library_module.library() is not None
-    assert len(stub.compilations()) == len(refused) + 1
-    assert not set(refused) & set(stub.compilations()[-1].split())
+    assert len(stub.compilations()) == len(native) + 1
+    assert not set(native) & set(stub.compilations()[-1].split())
     assert "-fopenmp" in stub.compilations()[-1]
     assert said(caplog, "cannot compile") == 0
+    assert said(caplog, "without this processor's own instructions: slower") == 1
 
 
-def test_a_compiler_without_openmp_builds_for_one_thread(make_stub) -> None:
+def test_a_compiler_without_openmp_builds_for_one_thread_and_that_is_said(
+    make_stub, caplog
+) -> None:
     stub = make_stub("-fopenmp")
     assert library_module.library() is not None
     last = stub.compilations()[-1]
-    assert "-march=native" in last
+    assert build.native_flags()[0][0] in last
     assert "-fopenmp" not in last
+    assert said(caplog, "on one thread (no OpenMP): slower") == 1
+
+
+def test_a_build_that_was_kept_serves_where_there_is_no_compiler(
+    make_stub, cache, monkeypatch, tmp_path, caplog
+) -> None:
+    make_stub()
+    assert library_module.library() is not None
+    forget(monkeypatch)
+    caplog.clear()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.delenv("CXX")
+    assert build.find_compiler() is None
+    assert isinstance(choose("cpu"), CpuOps)
+    assert caplog.records == []
+
+
+def test_a_kept_build_that_does_not_load_is_made_anew(make_stub, cache, monkeypatch) -> None:
+    stub = make_stub()
+    cache.mkdir()
+    recipe = next(build.recipes(str(stub.path)))
+    (cache / f"kernels-{recipe.key}.so").write_bytes(b"half of it")
+    assert library_module.library() is not None
+    assert len(stub.compilations()) == 1
 
 
 def test_the_second_load_compiles_nothing(make_stub, cache, monkeypatch, caplog) -> None:
@@ -218,14 +245,34 @@ def test_a_folder_that_cannot_be_made_gives_way_to_a_temporary_one(
     assert len(list(tmp_path.glob("temporary/outrider-*/kernels-*.so"))) == 1
 
 
-def test_a_folder_that_cannot_be_written_serves_only_if_the_kernels_are_there(
+def test_a_folder_that_cannot_be_written_still_serves_what_is_in_it(
     make_stub, monkeypatch, tmp_path, cache
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stub = make_stub()
+    assert library_module.library() is not None
+    forget(monkeypatch)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(os, "access", lambda path, mode: cache not in (path, *Path(path).parents))
     assert build.cache_folder() != cache
-    (cache / "kernels-0.so").touch()
-    assert build.cache_folder() == cache
+    assert library_module.library() is not None
+    assert len(stub.compilations()) == 1
+    (kept,) = cache.iterdir()
+    kept.rename(cache / "kernels-of-another-version.so")
+    forget(monkeypatch)
+    assert library_module.library() is not None
+    assert len(stub.compilations()) == 2, "the wanted build was not there"
+
+
+def test_without_a_home_there_is_a_temporary_folder(monkeypatch, tmp_path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("OUTRIDER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert build.cache_folder().parent == tmp_path
 
 
 def test_no_folder_at_all_leaves_torch(make_stub, monkeypatch, tmp_path, caplog) -> None:

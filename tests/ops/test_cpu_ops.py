@@ -20,6 +20,7 @@ from tests.ops.world import CPU, JUNK, Part, World
 SHAPES = [(7, 33), (97, 33), (5, 64), (1, 1), (64, 512), (43, 1000), (130, 515)]
 LARGE = [(4096, 300), (3, 20000)]
 THREADS = [1, 2, 3, 5]
+NUM_OUTPUTS = 70  # more than the 32 that matrix units take at once, and no multiple of them
 
 
 def full(num_outputs: int, num_inputs: int) -> Tensor:
@@ -152,7 +153,7 @@ def test_rows_keep_their_bits_for_any_number_of_rows_and_threads(cpu: CpuOps, na
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_rows_that_stand_apart_are_read_where_they_are(cpu: CpuOps, name):
-    linear = cpu.linear(MAKERS[name](24, 40), torch.randn(24))
+    linear = cpu.linear(MAKERS[name](NUM_OUTPUTS, 40), torch.randn(NUM_OUTPUTS))
     wide_NI = torch.randn(9, 100)
     expected_NO = linear(wide_NI[:, 30:70].clone())
     assert torch.equal(linear(wide_NI[:, 30:70]), expected_NO)
@@ -163,7 +164,7 @@ def test_rows_that_stand_apart_are_read_where_they_are(cpu: CpuOps, name):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_weights_that_are_views_are_read_right(cpu: CpuOps, name):
-    weight = MAKERS[name](24, 128)
+    weight = MAKERS[name](NUM_OUTPUTS, 128)
     turned = [v.t().contiguous().t() if is_matrix(v) else v for v in _fields(weight)]
     assert not turned[0].is_contiguous()
     there = turned[0] if isinstance(weight, Tensor) else type(weight)(*turned)
@@ -181,20 +182,20 @@ def _fields(weight: Weight) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_rows_give_no_rows(cpu: CpuOps, name):
-    assert cpu.linear(MAKERS[name](24, 40))(torch.empty(0, 40)).shape == (0, 24)
+    assert cpu.linear(MAKERS[name](NUM_OUTPUTS, 40))(torch.empty(0, 40)).shape == (0, NUM_OUTPUTS)
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_zeros_give_the_bias(cpu: CpuOps, name):
-    bias_O = torch.randn(24)
-    y_NO = cpu.linear(MAKERS[name](24, 40), bias_O)(torch.zeros(3, 40))
+    bias_O = torch.randn(NUM_OUTPUTS)
+    y_NO = cpu.linear(MAKERS[name](NUM_OUTPUTS, 40), bias_O)(torch.zeros(3, 40))
     assert torch.equal(y_NO, bias_O.expand(3, -1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_is_no_number_stays_in_its_row(cpu: CpuOps, name, bad):
-    linear = cpu.linear(MAKERS[name](24, 40), torch.randn(24))
+    linear = cpu.linear(MAKERS[name](NUM_OUTPUTS, 40), torch.randn(NUM_OUTPUTS))
     for at in (0, 15, 16, 33, 39):
         x_NI = torch.randn(7, 40)
         expected_NO = linear(x_NI)
@@ -208,7 +209,7 @@ def test_what_is_no_number_stays_in_its_row(cpu: CpuOps, name, bad):
 
 @pytest.mark.parametrize("name", [name for name in ROUNDED if "int8" in name])
 def test_tiny_and_huge_rows_are_rounded_as_the_twin_does(cpu: CpuOps, name):
-    weight = MAKERS[name](24, 40)
+    weight = MAKERS[name](NUM_OUTPUTS, 40)
     limit = 2 ** (weight.activation_bits - 1) - 1
     tiny = torch.finfo(torch.float32).tiny
     sizes = [1e-45, 1e-42, tiny, tiny * limit, tiny * limit * 1.001, 1e-30, 1e30, 3e38]

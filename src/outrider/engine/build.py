@@ -46,6 +46,8 @@ class LoadConfig:
             or "adapter".
         kernels: "auto" (our C++ kernels on the CPU where a compiler is found, else torch's), "cpu"
             (ours or an error), or "torch".
+        swap_linear: False leaves an adapted model's own linear layers in place (with
+            network="adapter", and not quantised).
         batch_invariant: rows bitwise independent of their company, where kernels exist for it
             (float32 on the CPU).
         trust_remote_code: let the adapter run code that comes with the checkpoint.
@@ -63,6 +65,7 @@ class LoadConfig:
     revision: str | None = None
     network: str = "auto"
     kernels: str = "auto"
+    swap_linear: bool = True
     batch_invariant: bool = True
     trust_remote_code: bool = False
     load_tokenizer: bool = True
@@ -138,6 +141,7 @@ def _load(load: LoadConfig, name: str, quantization: str | None) -> Network:
         device=_device(load.device),
         revision=_revision(load, name),
         network=load.network,
+        swap_linear=load.swap_linear,
         trust_remote_code=load.trust_remote_code,
         quantization=quantization,
     )

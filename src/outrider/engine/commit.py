@@ -80,16 +80,10 @@ class Committer:
             if error:
                 return self._fail(seq, error, tokens)
         seq.finish_reason, seq.stop_reason = cut.finish_reason, cut.stop_reason
+        num_drafted, num_accepted = len(tree.tokens), len(accepted)
+        reason = cut.finish_reason
         return Commit(
-            seq=seq,
-            tree=tree,
-            tokens=tokens,
-            num_drafted=len(tree.tokens),
-            num_accepted=len(accepted),
-            num_kept=num_kept,
-            accepted=accepted,
-            finish_reason=cut.finish_reason,
-            logprobs=logprobs,
+            seq, tree, tokens, num_drafted, num_accepted, num_kept, accepted, reason, logprobs
         )
 
     def _cut(self, seq: Sequence, path: tuple[int, ...]) -> Cut:

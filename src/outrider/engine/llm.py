@@ -28,8 +28,8 @@ class LLM:
             name, or its keys.
         quantization: "int8", "int8-dynamic", "int8-weight-only" or "int4": quantise the weights
             of both models, or of the draft model as `draft_quantization` says.
-        dtype, device, revision, network, kernels, batch_invariant, trust_remote_code,
-            load_tokenizer, drafters: see `outrider.engine.build.LoadConfig`.
+        dtype, device, revision, network, kernels, swap_linear, batch_invariant,
+            trust_remote_code, load_tokenizer, drafters: see `outrider.engine.build.LoadConfig`.
         options: fields of `outrider.engine.config.EngineConfig` (max_num_seqs, block_size ...).
 
     Raises:
@@ -49,6 +49,7 @@ class LLM:
         revision: str | None = None,
         network: str = "auto",
         kernels: str = "auto",
+        swap_linear: bool = True,
         batch_invariant: bool = True,
         trust_remote_code: bool = False,
         load_tokenizer: bool = True,
@@ -65,6 +66,7 @@ class LLM:
             revision=revision,
             network=network,
             kernels=kernels,
+            swap_linear=swap_linear,
             batch_invariant=batch_invariant,
             trust_remote_code=trust_remote_code,
             load_tokenizer=load_tokenizer,

@@ -119,7 +119,9 @@ class Scheduler:
                 wider.append(row)
                 continue
             end = row.seq.num_cached + row.num_tokens
-            depth = min(spec.num_draft_tokens, usable(row.seq, self.config.max_model_len))
+            depth = usable(row.seq, self.config.max_model_len)
+            if depth > spec.num_draft_tokens:
+                depth = spec.num_draft_tokens
             nodes = min(depth * spec.width, budget)
             capacity = len(table.blocks) * self.config.block_size
             if end + nodes > capacity:

@@ -67,6 +67,8 @@ class Decoder:
         self._embedding_VD = weights.take(EMBEDDING)
         self._head = ops.linear(weights.take_head(config.is_tied, self._embedding_VD))
         self._fused = ops.fuse(self._parts())
+        if self._fused is not None:  # one copy is enough
+            self._embedding_VD = self._fused.embedding_VD
         self.spec = ModelSpec(
             name=name,
             family=config.family,
@@ -93,7 +95,7 @@ class Decoder:
         self, tokens_N: Tensor, layout: Layout, kv: list[LayerKV], wanted_R: Tensor
     ) -> Tensor:
         """As `forward`, one operation at a time: the twin of a fused pass."""
-        hidden_ND = F.embedding(tokens_N, self._embedding_VD)
+        hidden_ND = F.embedding(tokens_N, self._embedding_VD).to(self.spec.dtype)
         turn = self._rope.at(layout)
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             hidden_ND = layer(hidden_ND, turn, layout, layer_kv)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from outrider.errors import ModelError
+from outrider.errors import ConfigError, ModelError
 from outrider.models.base import Network
 from outrider.models.loader import (
     eos_token_ids,
@@ -34,16 +34,18 @@ def load_network(
     network: str = "auto",
     trust_remote_code: bool = False,
     quantization: str | None = None,
+    swap_linear: bool = True,
 ) -> Network:
     """The network of a hub id, a folder, or a shipped name.
 
     Args:
         network: "lean", "adapter", or "auto", which prefers the lean decoder.
         quantization: see `quant.schemes`; None leaves the weights as they are stored.
+        swap_linear: False leaves the adapter's linear layers to the model itself.
 
     Raises:
         ModelError: it cannot be found, read, or run.
-        ConfigError: `quantization` cannot be honoured.
+        ConfigError: `quantization` or `swap_linear` cannot be honoured.
     """
     if network not in KINDS:
         raise ModelError(f"network={network!r}: must be one of {', '.join(KINDS)}")
@@ -51,6 +53,11 @@ def load_network(
     config = read_config(folder)
     _refuse_quantised(name, config)
     if network == "lean" or (network == "auto" and is_lean(config)):
+        if not swap_linear:
+            raise ConfigError(
+                f"swap_linear=False: {name!r} runs in the lean decoder, which has no linear layers "
+                "but ours; use network='adapter'"
+            )
         return load_decoder(
             folder, dtype=dtype, device=device, ops=ops, name=name, quantization=quantization
         )
@@ -59,6 +66,11 @@ def load_network(
     place = pick_device(device)
     chosen = pick_dtype(dtype, stored_dtype(config), place) or torch.float32
     scheme = pick_scheme(quantization, chosen, place)
+    if not swap_linear and not scheme.is_off:
+        raise ConfigError(
+            f"swap_linear=False with quantization={quantization!r}: only swapped layers can be "
+            "quantised; leave one of them out"
+        )
     return load_adapter(
         folder,
         dtype=chosen,
@@ -69,6 +81,7 @@ def load_network(
         eos_token_ids=eos_token_ids(folder),
         fingerprint=fingerprint(folder, scheme.variant),
         scheme=scheme,
+        swap_linear=swap_linear,
     )
 
 

@@ -1,6 +1,7 @@
 """The kernels' interface: who may see what in one pass (Layout), and the operations on it (Ops).
 
-Shape legend: N rows of the pass (all sequences, ragged), H query heads, G key/value heads, D head
+Shape legend: N rows of the pass (all sequences, ragged), R rows whose logits are
+wanted, V vocabulary, H query heads, G key/value heads, D head
 width, S slots of a KV pool, I/O input/output width of a linear layer.
 """
 
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
-DecoderPass: TypeAlias = Callable[..., Tensor]
-"""(tokens_N, layout, kv, wanted_R, cos_PW, sin_PW) -> float32 logits_RV; see `Ops.fuse`."""
 
 
 class LayerKV(NamedTuple):
@@ -167,6 +166,32 @@ class DecoderParts:
     final_norm_D: Tensor
     head: Linear
     layers: list[LayerParts]
+
+
+class DecoderPass(Protocol):
+    """All layers of a decoder as one call.
+
+    Attributes:
+        embedding_VD: the embedding as it is kept; other copies may go.
+    """
+
+    embedding_VD: Tensor
+
+    def __call__(
+        self,
+        tokens_N: Tensor,
+        layout: Layout,
+        kv: list[LayerKV],
+        wanted_R: Tensor,
+        cos_PW: Tensor,
+        sin_PW: Tensor,
+    ) -> Tensor:
+        """float32 logits_RV of the rows `wanted_R` indexes; writes the rows' KV.
+
+        Args:
+            cos_PW, sin_PW: rotation of every position, the sines' first half negated.
+        """
+        ...
 
 
 class Ops(Protocol):

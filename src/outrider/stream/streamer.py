@@ -76,20 +76,20 @@ class Streamer:
             told.count(commit)
         is_last = commit.finish_reason is not None
         event = Committed(
-            request_id=seq.request.id,
-            index=seq.index,
-            offset=offset,
-            token_ids=commit.tokens,
-            text=told.text.take(is_last=is_last) if told.text else "",
-            num_drafted=commit.num_drafted,
-            num_accepted=commit.num_accepted,
-            num_from_draft=commit.num_kept,
-            source=commit.tree.source,
-            logprobs=_logprobs(commit) if commit.logprobs else (),
-            finish_reason=commit.finish_reason,
-            stop_reason=seq.stop_reason,
-            error=commit.error,
-            metrics=self._metrics(seq, told) if is_last else None,
+            seq.request.id,
+            seq.index,
+            offset,
+            commit.tokens,
+            told.text.take(is_last=is_last) if told.text else "",
+            commit.num_drafted,
+            commit.num_accepted,
+            commit.num_kept,
+            commit.tree.source,
+            _logprobs(commit) if commit.logprobs else (),
+            commit.finish_reason,
+            seq.stop_reason,
+            commit.error,
+            self._metrics(seq, told) if is_last else None,
         )
         if is_last:
             del self._told[seq.id]

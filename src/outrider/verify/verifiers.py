@@ -8,7 +8,8 @@ from outrider.sampling.laws import TargetLaws, shape_roots
 from outrider.sampling.rng import PositionStream, RootStream, Stream
 from outrider.sequence import Sequence
 from outrider.step import Batch, DraftTree, TargetOutput, Verdict
-from outrider.verify.base import Verifier
+from outrider.verify.base import Exactness, Verifier
+from outrider.verify.sampled import walk
 
 
 @cache
@@ -18,6 +19,11 @@ def verifier(name: str) -> Verifier:
     return made
 
 
+@cache
+def is_lossy(name: str) -> bool:
+    return verifier(name).exactness is Exactness.LOSSY
+
+
 class Verifiers:
     """Decides all rows of a step; an error in one row's settings fails that row alone."""
 
@@ -25,15 +31,25 @@ class Verifiers:
         self, batch: Batch, drafts: list[DraftTree], output: TargetOutput
     ) -> list[Verdict | None]:
         """One verdict per row, None for rows that stop short of their last token."""
-        laws = [
-            _laws(row.seq, tree, output, first) if first >= 0 else None
+        verdicts = [
+            _greedy(row.seq, tree, output, first) if first >= 0 else None
             for row, tree, first in zip(batch.rows, drafts, output.first, strict=True)
         ]
-        shape_roots(output.logits_NV, [p for p in laws if p is not None])
-        return [
-            None if p is None else _verdict(row.seq, tree, p)
-            for row, tree, p in zip(batch.rows, drafts, laws, strict=True)
-        ]
+        shaped = [i for i, v in enumerate(verdicts) if v is None and output.first[i] >= 0]
+        laws = [_laws(batch.rows[i].seq, drafts[i], output, output.first[i]) for i in shaped]
+        shape_roots(output.logits_NV, laws)
+        for i, p in zip(shaped, laws, strict=True):
+            verdicts[i] = _verdict(batch.rows[i].seq, drafts[i], p)
+        return verdicts
+
+
+def _greedy(seq: Sequence, tree: DraftTree, output: TargetOutput, first: int) -> Verdict | None:
+    """For rows whose law is the argmax of the logits every exact rule comes to this; else None."""
+    if not seq.shaper.is_plain_greedy or is_lossy(seq.speculation.verifier):
+        return None
+    argmax_N = output.argmax_N
+    verdict = walk(tree, lambda node: argmax_N[first + 1 + node])
+    return verdict if verdict.token >= 0 else None  # no number: the laws say what is wrong
 
 
 def _laws(seq: Sequence, tree: DraftTree, output: TargetOutput, first: int) -> TargetLaws:

@@ -4,6 +4,7 @@ The library is plain C++ behind a C interface: no torch headers, no Python heade
 threads from the OpenMP runtime that torch has loaded, so that there is one pool of them.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,7 +24,6 @@ import torch
 SOURCES = Path(__file__).parent / "cpp"
 MAIN = SOURCES / "outrider.cpp"
 BASE_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-w")
-NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 COMPILERS = ("c++", "g++", "clang++")
 OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
 TIMEOUT_S = 300
@@ -34,22 +34,18 @@ logger = logging.getLogger(__name__)
 def load() -> ctypes.CDLL | None:
     """The kernels, compiled now if they never were; None, said once, where that is impossible."""
     compiler = find_compiler()
-    if compiler is None:
-        logger.warning(
-            "no C++ compiler (%s): torch's kernels serve, slower",
-            f"CXX={os.environ['CXX']!r}" if os.environ.get("CXX") else ", ".join(COMPILERS),
-        )
-        return None
     for recipe in recipes(compiler):
-        try:
-            library = cache_folder() / f"kernels-{recipe.key}.so"
-            if not library.exists():
-                _announce()
-                recipe.build(library)
-            return ctypes.CDLL(str(library))
-        except (subprocess.SubprocessError, OSError) as error:
-            logger.info("kernels: %s: %s", " ".join(recipe.flags), _reason(error))
-    logger.warning("%s cannot compile the CPU kernels: torch's kernels serve, slower", compiler)
+        library = recipe.load()
+        if library is not None:
+            if recipe.weakness:
+                logger.warning("the CPU kernels run %s: slower", recipe.weakness)
+            return library
+    if compiler is None:
+        asked = os.environ.get("CXX", "").strip()
+        names = f"CXX={asked!r}" if asked else ", ".join(COMPILERS)
+        logger.warning("no C++ compiler (%s): torch's kernels serve, slower", names)
+    else:
+        logger.warning("%s cannot compile the CPU kernels: torch's kernels serve, slower", compiler)
     return None
 
 
@@ -59,44 +55,76 @@ def _announce() -> None:
 
 
 class Recipe:
-    """One way to compile: flags, and the OpenMP library to link (None: one thread)."""
+    """One way to compile: flags, and the OpenMP library to link (None: one thread).
 
-    def __init__(self, compiler: str, flags: Sequence[str], openmp: Path | None) -> None:
+    Without a compiler it only finds what another one has made.
+    """
+
+    def __init__(self, compiler: str | None, flags: Sequence[str], openmp: Path | None) -> None:
         self.compiler = compiler
         self.flags = (*BASE_FLAGS, *flags, *(("-fopenmp",) if openmp else ()))
         self.openmp = openmp
+        lacks = [] if flags else ["without this processor's own instructions"]
+        self.weakness = " and ".join([*lacks, *([] if openmp else ["on one thread (no OpenMP)"])])
 
     @property
     def key(self) -> str:
-        """Changes with the sources, the compiler, its flags and the processor."""
-        parts = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.is_file()]
-        parts += [
-            self.compiler,
-            _version(self.compiler),
-            *self.flags,
-            str(self.openmp),
-            processor(),
-        ]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+        """Changes with the sources, the flags and the processor, then with the compiler."""
+        maker = _digest(self.compiler or "", _version(self.compiler or ""))
+        return f"{self._content()}-{maker}"
+
+    def _content(self) -> str:
+        sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.is_file()]
+        openmp = self.openmp.name if self.openmp else ""
+        return _digest(*sources, *self.flags, openmp, processor())
+
+    def load(self) -> ctypes.CDLL | None:
+        """From what was kept, else newly made; a file that does not load is made anew."""
+        for path in self._kept():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path))
+        if self.compiler is None:
+            return None
+        try:
+            path = cache_folder() / f"kernels-{self.key}.so"
+            _announce()
+            self.build(path)
+            return ctypes.CDLL(str(path))
+        except (subprocess.SubprocessError, OSError) as error:
+            logger.info("kernels: %s: %s", " ".join(self.flags), _reason(error))
+            return None
+
+    def _kept(self) -> list[Path]:
+        name = self.key if self.compiler else f"{self._content()}-*"
+        return [path for folder in _folders() for path in sorted(folder.glob(f"kernels-{name}.so"))]
 
     def build(self, library: Path) -> None:
         """Compiles and links apart: linking with -fopenmp would bring in a second runtime."""
+        assert self.compiler is not None
+        compiler = shlex.split(self.compiler)
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             objects, made = Path(folder, "kernels.o"), Path(folder, library.name)
-            _run([*shlex.split(self.compiler), *self.flags, "-c", str(MAIN), "-o", str(objects)])
+            _run([*compiler, *self.flags, "-c", str(MAIN), "-o", str(objects)])
             linked = [str(self.openmp), f"-Wl,-rpath,{self.openmp.parent}"] if self.openmp else []
-            _run([*shlex.split(self.compiler), "-shared", str(objects), *linked, "-o", str(made)])
+            _run([*compiler, "-shared", str(objects), *linked, "-o", str(made)])
             ctypes.CDLL(str(made))  # a library that does not load is not kept
             os.replace(made, library)
 
 
-def recipes(compiler: str) -> Iterator[Recipe]:
+def recipes(compiler: str | None) -> Iterator[Recipe]:
     """From the fastest to the one that compiles anywhere."""
     openmp = torch_openmp()
     for runtime in (openmp, None) if openmp else (None,):
-        for flags in NATIVE_FLAGS:
+        for flags in native_flags():
             yield Recipe(compiler, flags, runtime)
+
+
+def native_flags() -> tuple[tuple[str, ...], ...]:
+    """What compiles for the processor at hand, then for any of its kind."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return ("-march=native",), ()
+    return ("-mcpu=native",), ("-march=native",), ()
 
 
 def find_compiler() -> str | None:
@@ -108,25 +136,41 @@ def find_compiler() -> str | None:
 
 
 def torch_openmp() -> Path | None:
-    """The OpenMP runtime torch runs on: the one loaded in this process, else the one it ships."""
-    for path in (*_loaded_libraries(), *sorted(Path(torch.__file__).parent.glob("lib/lib*omp*"))):
+    """The OpenMP runtime torch runs on: the one it ships, else the one loaded in this process."""
+    shipped = sorted(Path(torch.__file__).parent.glob("lib/lib*omp*"))
+    for path in (*shipped, *_loaded_libraries()):
         if path.name.startswith(OPENMP_NAMES):
             return path
     return None
 
 
 def cache_folder() -> Path:
-    """OUTRIDER_CACHE, else the user's cache folder, else (not writable) a temporary one."""
-    chosen = os.environ.get("OUTRIDER_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(chosen) if chosen else Path(base, "outrider")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return _temporary_folder()
-    if os.access(folder, os.W_OK) or any(folder.glob("kernels-*.so")):
-        return folder
+    """Where builds are kept: OUTRIDER_CACHE, else the user's cache, else a temporary folder."""
+    folder = _chosen_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
     return _temporary_folder()
+
+
+def _chosen_folder() -> Path | None:
+    """None where there is no home to keep anything in."""
+    chosen = os.environ.get("OUTRIDER_CACHE")
+    if chosen:
+        return Path(chosen)
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "outrider")
+    return None
+
+
+def _folders() -> list[Path]:
+    """Where a build may be found; the first may be one that cannot be written."""
+    folders = [_chosen_folder()]
+    with contextlib.suppress(OSError):
+        folders.append(cache_folder())
+    return list(dict.fromkeys(folder for folder in folders if folder is not None))
 
 
 def _temporary_folder() -> Path:
@@ -158,8 +202,14 @@ def _loaded_libraries() -> list[Path]:
     return sorted({Path(line.split(maxsplit=5)[5]) for line in lines if "omp" in line})
 
 
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
 @functools.cache
 def _version(compiler: str) -> str:
+    if not compiler:
+        return ""
     command = [*shlex.split(compiler), "--version"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout

@@ -26,13 +26,20 @@ from outrider.ops.cpu.spans import SpanTable
 
 
 class FusedDecoder:
-    """A `DecoderPass`; one pass at a time, for it works in memory of its own."""
+    """A `DecoderPass`; one pass at a time, for it works in memory of its own.
+
+    That memory grows to the largest pass and stays: per row of it, and four bytes each, about
+    three times the feed-forward width and six times the hidden width.
+
+    Attributes:
+        embedding_VD: as the kernels read it, in bfloat16 if that loses nothing.
+    """
 
     def __init__(self, library: Library, arena: Arena, parts: DecoderParts) -> None:
         self._library = library
         self._scratch = library.decoder_scratch()
-        self._kept: list[object] = [parts]
-        self._vocab_size = _linear(parts.head).outputs
+        self._kept: list[object] = []
+        self._vocab_size = self._linear(parts.head).outputs
         self._model = self._describe(arena, parts)
         self._address = ctypes.addressof(self._model)
         self._pool: list[LayerKV] | None = None
@@ -67,23 +74,26 @@ class FusedDecoder:
             num_wanted,
             torch.get_num_threads(),
         )
-        self._library.decoder(self._address, ctypes.addressof(call), self._scratch)
+        status = self._library.decoder(self._address, ctypes.addressof(call), self._scratch)
+        if status:
+            raise IndexError(f"a token id is not in [0, {self.embedding_VD.shape[0]})")
         return logits_RV
 
     def _pool_address(self, kv: list[LayerKV]) -> int:
         """Where the addresses of this pool's tensors stand; the same pool comes every time."""
         if kv is not self._pool or self._pool_structs is None:
+            assert len(kv) == self._model.num_layers
             assert all(part.dtype == torch.float32 for layer in kv for part in layer)
             structs = [KVStruct(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in kv]
             self._pool, self._pool_structs = kv, (KVStruct * len(kv))(*structs)
         return ctypes.addressof(self._pool_structs)
 
     def _describe(self, arena: Arena, parts: DecoderParts) -> DecoderStruct:
-        head = _linear(parts.head)
+        head = self._linear(parts.head)
         layers = (LayerStruct * len(parts.layers))(*(self._layer(part) for part in parts.layers))
-        embedding_VD = arena.place(stored(parts.embedding_VD))
+        self.embedding_VD = embedding_VD = self._embedding(arena, parts)
         kind = BFLOAT16 if embedding_VD.dtype == torch.bfloat16 else FLOAT32
-        self._kept += [layers, embedding_VD]
+        self._kept.append(layers)
         return DecoderStruct(
             embedding_VD.shape[1],
             parts.num_heads,
@@ -97,10 +107,19 @@ class FusedDecoder:
             parts.attention_scale,
             embedding_VD.data_ptr(),
             kind,
+            embedding_VD.shape[0],
             self._address_of(parts.final_norm_D),
             head,
             layers,
         )
+
+    @staticmethod
+    def _embedding(arena: Arena, parts: DecoderParts) -> Tensor:
+        """That of a tied head, if its weight is kept in floats; else a copy."""
+        assert isinstance(parts.head, CpuLinear)
+        if parts.head.source == parts.embedding_VD.data_ptr():
+            return parts.head.kept[0]
+        return arena.place(stored(parts.embedding_VD))
 
     def _layer(self, parts: LayerParts) -> LayerStruct:
         return LayerStruct(
@@ -108,14 +127,19 @@ class FusedDecoder:
             self._address_of(parts.mlp_norm_D),
             self._address_of(parts.query_norm_D),
             self._address_of(parts.key_norm_D),
-            _linear(parts.qkv),
-            _linear(parts.output),
-            _linear(parts.gate_up),
-            _linear(parts.down),
+            self._linear(parts.qkv),
+            self._linear(parts.output),
+            self._linear(parts.gate_up),
+            self._linear(parts.down),
             parts.window.sliding,
             parts.window.chunk,
             parts.has_rope,
         )
+
+    def _linear(self, product: object) -> LinearStruct:
+        assert isinstance(product, CpuLinear)
+        self._kept.append(product.kept)
+        return product.struct
 
     def _address_of(self, vector_D: Tensor | None) -> int | None:
         if vector_D is None:
@@ -131,8 +155,3 @@ def is_fusable(parts: DecoderParts) -> bool:
     for layer in parts.layers:
         products += [layer.qkv, layer.output, layer.gate_up, layer.down]
     return all(isinstance(product, CpuLinear) for product in products)
-
-
-def _linear(product: object) -> LinearStruct:
-    assert isinstance(product, CpuLinear)
-    return product.struct

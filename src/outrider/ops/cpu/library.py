@@ -70,6 +70,7 @@ class DecoderStruct(ctypes.Structure):
         ("scale", c_float),
         ("embedding", c_void_p),
         ("embedding_kind", c_int32),
+        ("embedded", c_int32),
         ("final_norm", c_void_p),
         ("head", LinearStruct),
         ("layers", POINTER(LayerStruct)),
@@ -92,6 +93,8 @@ class CallStruct(ctypes.Structure):
     )
 
 
+STRUCTS = (LinearStruct, AttentionStruct, KVStruct, LayerStruct, DecoderStruct, CallStruct)
+
 SIGNATURES = {
     "lanes": (c_int32, ()),
     "has_tiles": (c_int32, ()),
@@ -104,10 +107,11 @@ SIGNATURES = {
         (c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32),
     ),
     "write": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32)),
-    "argmax": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "argmax": (None, (c_void_p, c_int32, c_int32, c_void_p, c_int32)),
     "decoder_scratch": (c_void_p, ()),
     "decoder_free": (None, (c_void_p,)),
-    "decoder": (None, (c_void_p, c_void_p, c_void_p)),
+    "decoder": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "size": (c_int32, (c_int32,)),
 }
 
 
@@ -125,13 +129,16 @@ class Library:
     argmax: Callable[..., None]
     decoder_scratch: Callable[[], int]
     decoder_free: Callable[[int], None]
-    decoder: Callable[..., None]
+    decoder: Callable[..., int]
+    size: Callable[[int], int]
 
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(library, f"outrider_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
+        sizes = [self.size(index) for index in range(len(STRUCTS))]
+        assert sizes == [ctypes.sizeof(struct) for struct in STRUCTS], "structs differ from C++"
 
 
 @cache

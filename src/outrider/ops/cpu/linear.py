@@ -21,7 +21,8 @@ from outrider.ops.cpu.library import (
 from outrider.ops.cpu.memory import Arena
 from outrider.ops.quantized import dequantized
 
-MAX_ACTIVATION_BITS = 15
+MAX_ACTIVATION_BITS = 15  # two planes of 7 bits and a sign
+MAX_ROUNDED_INPUTS = 1 << 16  # whose products still add up in 32 bits
 
 
 class CpuLinear:
@@ -37,11 +38,14 @@ class CpuLinear:
     ) -> None:
         self._run = library.linear
         self.num_outputs, self.num_inputs = weight.shape
-        self.struct, self._kept = _struct(arena, weight, bias_O)
+        # What the struct points to, and where the weight was, to know a tied one again.
+        self.struct, self.kept = _struct(arena, weight, bias_O)
+        self.source = weight.data_ptr() if isinstance(weight, Tensor) else 0
         self._address = ctypes.addressof(self.struct)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         assert x_NI.dtype == torch.float32
+        assert x_NI.shape[1] == self.num_inputs
         if x_NI.stride(1) != 1:
             x_NI = x_NI.contiguous()
         y_NO = x_NI.new_empty(x_NI.shape[0], self.num_outputs)
@@ -65,10 +69,12 @@ def stored(weight_OI: Tensor) -> Tensor:
 
 def _struct(
     arena: Arena, weight: Weight, bias_O: Tensor | None
-) -> tuple[LinearStruct, tuple[object, ...]]:
+) -> tuple[LinearStruct, tuple[Tensor, Tensor | None, Tensor | None]]:
     """The kernels' view of a layer, and what must live as long as it."""
     num_outputs, num_inputs = weight.shape
-    assert getattr(weight, "activation_bits", 0) <= MAX_ACTIVATION_BITS, "two planes of 7 bits"
+    if not isinstance(weight, Tensor):
+        assert weight.activation_bits <= MAX_ACTIVATION_BITS
+        assert num_inputs <= MAX_ROUNDED_INPUTS
     bias_O = None if bias_O is None else bias_O.float().contiguous()
     scales, bits = None, 0
     if isinstance(weight, Int8Weight):

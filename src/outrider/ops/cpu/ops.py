@@ -56,6 +56,7 @@ class CpuOps:
     def write_kv(self, kv: LayerKV, keys_NGD: Tensor, values_NGE: Tensor, layout: Layout) -> None:
         for pool, rows in ((kv.keys, keys_NGD), (kv.values, values_NGE)):
             assert pool.dtype == rows.dtype == torch.float32
+            assert rows.shape == (layout.slots_N.shape[0], *pool.shape[1:])
             rows = _inner_contiguous(rows)
             num_rows, width = rows.shape[0], rows.shape[1] * rows.shape[2]
             self._library.write(
@@ -83,12 +84,15 @@ class CpuOps:
         assert query_NHD.dtype == kv.keys.dtype == kv.values.dtype == torch.float32
         query_NHD = _inner_contiguous(query_NHD)
         num_rows, num_heads, key_width = query_NHD.shape
-        value_width = kv.values.shape[-1]
+        num_groups, value_width = kv.values.shape[1:]
+        assert num_rows == layout.slots_N.shape[0]
+        assert kv.keys.shape[1:] == (num_groups, key_width)
+        assert num_heads % num_groups == 0
         out_NHE = query_NHD.new_empty(num_rows, num_heads, value_width)
         sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
         shape = AttentionStruct(
             num_heads,
-            kv.keys.shape[1],
+            num_groups,
             key_width,
             value_width,
             scale,
@@ -114,7 +118,12 @@ class CpuOps:
     def argmax(self, logits_RV: Tensor) -> list[int]:
         logits_RV = logits_RV.float().contiguous()
         tokens = array("q", bytes(8 * logits_RV.shape[0]))
-        self._library.argmax(logits_RV.data_ptr(), *logits_RV.shape, tokens.buffer_info()[0])
+        self._library.argmax(
+            logits_RV.data_ptr(),
+            *logits_RV.shape,
+            tokens.buffer_info()[0],
+            torch.get_num_threads(),
+        )
         return tokens.tolist()
 
     def fuse(self, parts: DecoderParts) -> DecoderPass | None:

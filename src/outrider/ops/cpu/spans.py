@@ -1,7 +1,6 @@
 """SpanTable: the spans of a pass as the kernels read them."""
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from outrider.ops.base import Span
@@ -9,11 +8,19 @@ from outrider.ops.base import Span
 
 @dataclass(frozen=True)
 class SpanTable:
-    """The spans as the kernels read them; `blocks` keeps alive what they point to."""
+    """The spans as the kernels read them.
+
+    Attributes:
+        records: five numbers a span: address of its block table, block size, cached positions,
+            rows of the chain, nodes of the tree.
+        parents: of the nodes of all spans.
+        views: of the block tables; while they are held, a table that is resized raises
+            BufferError instead of leaving the kernels an address that is gone.
+    """
 
     records: "array[int]"
     parents: "array[int]"
-    blocks: Sequence[Sequence[int]]
+    views: list[memoryview]
 
     @property
     def spans_address(self) -> int:
@@ -25,12 +32,16 @@ class SpanTable:
 
 
 def span_table(spans: list[Span]) -> SpanTable:
-    blocks = [s.blocks if isinstance(s.blocks, array) else array("i", s.blocks) for s in spans]
     records: list[int] = []
     parents: list[int] = []
-    for span, table in zip(spans, blocks, strict=True):
+    views: list[memoryview] = []
+    for blocks, num_cached, num_chain, nodes, block_size in spans:
+        table = blocks if isinstance(blocks, array) else array("i", blocks)
         address, size = table.buffer_info()
-        assert span.num_cached + span.num_rows <= size * span.block_size, "places without slots"
-        records += (address, span.block_size, span.num_cached, span.num_chain, len(span.parents))
-        parents += span.parents
-    return SpanTable(array("q", records), array("q", parents), blocks)
+        num_places = num_cached + num_chain + len(nodes)
+        assert table.itemsize == 4, "block tables hold 32-bit integers"
+        assert num_places <= size * block_size, "places without slots"
+        records += (address, block_size, num_cached, num_chain, len(nodes))
+        parents += nodes
+        views.append(memoryview(table))
+    return SpanTable(array("q", records), array("q", parents), views)

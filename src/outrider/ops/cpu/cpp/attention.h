@@ -1,7 +1,7 @@
 // Attention of chains and draft trees over paged keys and values, read where they lie.
 //
 // The keys of a row are those of its path: cached positions, chain, ancestors, itself. They are
-// taken in tiles of TILE positions from position 0; inside a tile the softmax has its own maximum
+// taken in tiles of KEY_TILE positions from position 0; inside a tile the softmax has its own maximum
 // and sum, and tiles are folded into the row in order (the online softmax of Milakov and Gimelshein
 // 2018; tiles may be done by different threads, as in Flash-Decoding, Dao et al. 2023). Tiles begin
 // at fixed positions, so neither the number of threads, nor the split of a prompt into passes, nor
@@ -16,10 +16,11 @@
 #include "inputs.h"
 #include "team.h"
 
-constexpr int TILE = 128;
-constexpr int MAX_ROWS = 16;    // of one work item
-constexpr int FEW_ROWS_OF_ITEM = 4;  // to which items shrink where there is little work
+constexpr int KEY_TILE = 128;
+constexpr int ITEM_ROWS = 16;    // of one work item
+constexpr int FEW_ITEM_ROWS = 4;  // to which items shrink where there is little work
 constexpr int MAX_QUERIES = 4;  // that share a load of values
+constexpr long MAX_PARTIALS = 16 << 20;  // floats of partial states; beyond that tiles stay together
 
 // One sequence of the pass, as Python lays it down (all int64).
 struct SpanRecord {
@@ -140,9 +141,9 @@ inline void fold_in(Fold& into, float top, float sum, const float* values, int w
 
 // What a thread needs to work on a tile.
 struct TileScratch {
-    const float* keys[TILE];
-    const float* values[TILE];
-    alignas(64) float scores[MAX_QUERIES][TILE];
+    const float* keys[KEY_TILE];
+    const float* values[KEY_TILE];
+    alignas(64) float scores[MAX_QUERIES][KEY_TILE];
     std::vector<float> weighted;  // [MAX_QUERIES, value width]
 };
 
@@ -161,7 +162,7 @@ inline void score(const Query* queries, const AttentionShape& shape, int count, 
                   TileScratch& scratch) {
     constexpr int AHEAD_OF_KEYS = 12;
     const float* const* keys = scratch.keys;
-    float (*scores)[TILE] = scratch.scores;
+    float (*scores)[KEY_TILE] = scratch.scores;
     const int width = shape.key_width, full = width / LANES * LANES, rest = width - full;
     for (int p = 0; p < count; p += 4) {
         if (is_first)  // rows stand apart in memory: the processor does not guess the next one
@@ -220,9 +221,10 @@ inline void weigh(float* scores, const Query& query, int positions, const Attent
     sum_of_weights = sum(sums);
 }
 
-// out[q] = sum over p of weight * value, in order of p.
+// out[q] = sum over p of weight * value, in order of p. Values that a row does not see weigh 0: only if
+// a later row of its own sequence is not finite does it learn of it.
 template <int Q, int V>
-inline void mix(const float (*weights)[TILE], const float* const* values, int begin, int end,
+inline void mix(const float (*weights)[KEY_TILE], const float* const* values, int begin, int end,
                 int from, float* out, int width) {
     Vec sums[Q][V] = {};
     for (int p = begin; p < end; p++) {
@@ -238,7 +240,7 @@ inline void mix(const float (*weights)[TILE], const float* const* values, int be
 }
 
 template <int Q>
-inline void mix_rows(const float (*weights)[TILE], const float* const* values, int begin, int end,
+inline void mix_rows(const float (*weights)[KEY_TILE], const float* const* values, int begin, int end,
                      float* out, int width) {
     constexpr int V = LANES == 16 ? 4 : 2;
     int from = 0;
@@ -263,7 +265,7 @@ inline void attend_queries(const Query* queries, Fold* folds, int positions,
     const int width = shape.value_width;
     float tops[Q], sums[Q];
     float* out = scratch.weighted.data();
-    int begin = TILE, end = 0;
+    int begin = KEY_TILE, end = 0;
     score<Q>(queries, shape, positions, is_first, scratch);
     for (int q = 0; q < Q; q++) {
         begin = std::min(begin, queries[q].begin);
@@ -334,10 +336,10 @@ inline void point(const AttentionCall& call, const RowPath& row, int at, int pos
 inline void attend_rows(const AttentionCall& call, int begin, int end, int group, int tile,
                         Fold* folds, TileScratch& scratch) {
     const AttentionShape& shape = call.shape;
-    const int ratio = shape.heads / shape.groups, at = tile * TILE;
+    const int ratio = shape.heads / shape.groups, at = tile * KEY_TILE;
     const std::vector<RowPath>& rows = call.paths.rows;
     const bool is_shared =
-        at + TILE <= call.paths.context(rows[begin].span) || rows[end - 1].nodes == 0;
+        at + KEY_TILE <= call.paths.context(rows[begin].span) || rows[end - 1].nodes == 0;
     Query queries[MAX_QUERIES];
     Fold states[MAX_QUERIES];
     Fold* places[MAX_QUERIES];
@@ -354,11 +356,11 @@ inline void attend_rows(const AttentionCall& call, int begin, int end, int group
         const RowPath* longest = &rows[begin];
         for (int r = begin; r < end; r++)
             if (rows[r].position > longest->position) longest = &rows[r];
-        pointed = std::min(TILE, longest->position + 1 - at);
+        pointed = std::min(KEY_TILE, longest->position + 1 - at);
         if (pointed > 0) point(call, *longest, at, pointed, group, scratch);
     }
     for (int r = begin; r < end; r++) {
-        const int seen = std::min(TILE, rows[r].position + 1 - at);
+        const int seen = std::min(KEY_TILE, rows[r].position + 1 - at);
         const int from = std::max(0, first_seen(rows[r].position, shape) - at);
         if (from >= seen) continue;
         if (!is_shared) {
@@ -391,17 +393,19 @@ struct AttentionPlan {
     std::vector<float> partials;  // per state: top, sum, values
     bool is_split = false;
     std::atomic<int> next{0};
-    int ratio = 0, width = 0;
+    int heads = 0, ratio = 0, width = 0;
 
     // Row blocks and groups make the work items; where those are fewer than threads can share
     // evenly, blocks shrink and tiles become items of their own, to be folded afterwards.
     void make(const Paths& paths, const AttentionShape& shape, int threads) {
         items.clear();
+        heads = shape.heads;
         ratio = shape.heads / shape.groups;
         width = shape.value_width;
-        int max_rows = MAX_ROWS;
-        is_split = threads > 1 && blocks(paths, max_rows) * shape.groups < 4 * threads;
-        if (is_split) max_rows = FEW_ROWS_OF_ITEM;
+        int max_rows = ITEM_ROWS;
+        is_split = threads > 1 && blocks(paths, max_rows) * shape.groups < 4 * threads &&
+                   partial_size(paths) < MAX_PARTIALS;
+        if (is_split) max_rows = FEW_ITEM_ROWS;
         long states = 0;
         for (int s = 0; s < paths.num_spans; s++)
             for (int begin = paths.first_row[s]; begin < paths.first_row[s + 1]; begin += max_rows) {
@@ -411,7 +415,7 @@ struct AttentionPlan {
                     last = std::max(last, paths.rows[r].position);
                     first = std::min(first, first_seen(paths.rows[r].position, shape));
                 }
-                const int from = first / TILE, tiles = last / TILE + 1 - from;
+                const int from = first / KEY_TILE, tiles = last / KEY_TILE + 1 - from;
                 for (int g = 0; g < shape.groups; g++) {
                     if (!is_split) {
                         items.push_back({begin, end, g, from, tiles, -1});
@@ -425,6 +429,13 @@ struct AttentionPlan {
             }
         if (is_split) partials.resize(states * (width + 2));
         next.store(0, std::memory_order_relaxed);
+    }
+
+    // Floats that the states of all rows, heads and tiles would take.
+    long partial_size(const Paths& paths) const {
+        long tiles = 0;
+        for (const RowPath& row : paths.rows) tiles += row.position / KEY_TILE + 1;
+        return tiles * heads * (width + 2);
     }
 
     static int blocks(const Paths& paths, int max_rows) {

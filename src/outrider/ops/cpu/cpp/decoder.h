@@ -27,8 +27,9 @@ struct DecoderLayer {
 struct Decoder {
     int32_t hidden, heads, groups, head_width, inner, vocabulary, num_layers, rotated;
     float eps, scale;
-    const void* embedding;  // [vocabulary, hidden]
+    const void* embedding;  // [embedded, hidden]
     int32_t embedding_kind;  // FLOAT32 or BFLOAT16
+    int32_t embedded;
     const float* final_norm;
     Linear head;
     const DecoderLayer* layers;
@@ -116,8 +117,12 @@ public:
             scratch.threads.resize(call.threads);
     }
 
-    void run() {
+    // False, and nothing done, if a token is not in the embedding.
+    bool run() {
+        for (int r = 0; r < rows_; r++)
+            if (call_.tokens[r] < 0 || call_.tokens[r] >= model_.embedded) return false;
         run_team(call_.threads, [&](const Worker& worker) { work(worker); });
+        return true;
     }
 
 private:
@@ -130,7 +135,8 @@ private:
         worker.wait();
         for (int i = 0; i < model_.num_layers; i++) {
             const DecoderLayer& layer = model_.layers[i];
-            // Plans alternate, so that a layer's counter is set while nobody can be at it.
+            // Two plans, for families whose layers take turns between two windows. The barrier
+            // before attention is the one that makes a new plan known.
             AttentionPlan& plan = scratch_.plans[i % 2];
             const AttentionShape shape = {
                 model_.heads, model_.groups, model_.head_width, model_.head_width, model_.scale, 0,

@@ -12,6 +12,7 @@ enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8_FLOAT = 2, INT8 = 3, INT4 
 
 constexpr int GROUP = 32;  // inputs that share a scale in INT4
 constexpr int BLOCK = 64;  // inputs per step of the integer kernels; rounded rows are padded to it
+
 // One linear layer; the caller keeps what it points to.
 struct Linear {
     const void* weight;
@@ -85,7 +86,7 @@ inline void round_row(const Inputs& in, int m, int inputs, int bits) {
         for (int i = 0; i < BLOCK; i += LANES) {
             int left = inputs - at - i;
             Vec v = left >= LANES ? load(x + at + i) : load_some(x + at + i, left > 0 ? left : 0);
-                v /= scale;
+            v /= scale;
             v = (v + 12582912.0f) - 12582912.0f;  // to the nearest integer, halves to even
             VecInt n = __builtin_convertvector(v, VecInt);
             n = n > limit ? VecInt{} + limit : n;

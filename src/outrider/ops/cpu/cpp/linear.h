@@ -10,7 +10,7 @@
 
 #include <vector>
 
-#include "inputs.h"
+#include "integer.h"
 #include "tiles.h"
 
 constexpr int ROW_BLOCK = 64;  // rows of x that stay in cache while W streams by
@@ -130,195 +130,6 @@ inline void widen(const W* w, int inputs, float* out) {
     if (rest) store_some(out + full, load_some(w + full, rest), rest);
 }
 
-// ---- integer arithmetic ----
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define HAS_VNNI 1
-typedef __m512i Sums;  // 16 partial sums
-inline Sums no_sums() { return _mm512_setzero_si512(); }
-inline Sums add_products(Sums sums, __m512i unsigned_bytes, const int8_t* signed_bytes) {
-    return _mm512_dpbusd_epi32(sums, unsigned_bytes, _mm512_loadu_si512(signed_bytes));
-}
-inline void total4(const Sums v[4], int32_t totals[4]) {
-    Sums ab = _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x44),
-                               _mm512_shuffle_i32x4(v[0], v[1], 0xee));
-    Sums cd = _mm512_add_epi32(_mm512_shuffle_i32x4(v[2], v[3], 0x44),
-                               _mm512_shuffle_i32x4(v[2], v[3], 0xee));
-    Sums quads = _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88),
-                                  _mm512_shuffle_i32x4(ab, cd, 0xdd));
-    quads = _mm512_add_epi32(quads, _mm512_shuffle_epi32(quads, _MM_PERM_BADC));
-    quads = _mm512_add_epi32(quads, _mm512_shuffle_epi32(quads, _MM_PERM_CDAB));
-    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(totals),
-                     _mm512_castsi512_si128(_mm512_permutexvar_epi32(firsts, quads)));
-}
-#endif
-
-#if defined(HAS_VNNI)
-// The weights of 64 inputs as bytes w + 128.
-inline __m512i biased(const int8_t* w, int left) {
-    __m512i bytes = left >= BLOCK ? _mm512_loadu_si512(w)
-                                  : _mm512_maskz_loadu_epi8((1ull << left) - 1, w);
-    return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
-}
-
-template <int M, int PLANES>
-KERNEL void integer_dots(const int8_t* const w[4], const Inputs& in, int row, int inputs,
-                         long ahead, int64_t out[][4]) {
-    Sums high[M][4], low[M][4];
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < 4; j++) high[m][j] = low[m][j] = no_sums();
-    const int8_t* planes = in.high + static_cast<long>(row) * in.width;
-    const int8_t* fine = in.low + static_cast<long>(row) * in.width;
-    for (int i = 0; i < inputs; i += BLOCK) {
-        __m512i weights[4];
-        for (int j = 0; j < 4; j++) {
-            weights[j] = biased(w[j] + i, inputs - i);
-            prefetch(w[0] + ahead + 4 * i + 64 * j);
-        }
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < 4; j++) {
-                high[m][j] = add_products(high[m][j], weights[j], planes + m * in.width + i);
-                if (PLANES == 2)
-                    low[m][j] = add_products(low[m][j], weights[j], fine + m * in.width + i);
-            }
-    }
-    for (int m = 0; m < M; m++) {
-        int32_t tops[4], rests[4];
-        total4(high[m], tops);
-        if (PLANES == 2) total4(low[m], rests);
-        int64_t bias = 128 * in.total[row + m];  // for weights that were raised by 128
-        for (int j = 0; j < 4; j++)
-            out[m][j] = (PLANES == 2 ? 128 * int64_t{tops[j]} + rests[j] : int64_t{tops[j]}) - bias;
-    }
-}
-#else
-template <int M, int PLANES>
-KERNEL void integer_dots(const int8_t* const w[4], const Inputs& in, int row, int inputs,
-                         long ahead, int64_t out[][4]) {
-    constexpr int CHUNK = 4096;
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < 4; j++) out[m][j] = 0;
-    int16_t x[CHUNK];
-    for (int from = 0; from < inputs; from += CHUNK) {
-        int count = inputs - from < CHUNK ? inputs - from : CHUNK;
-        for (int m = 0; m < M; m++) {
-            const int8_t* high = in.high + static_cast<long>(row + m) * in.width + from;
-            const int8_t* low = in.low + static_cast<long>(row + m) * in.width + from;
-            for (int i = 0; i < count; i++)
-                x[i] = static_cast<int16_t>(PLANES == 2 ? 128 * high[i] + low[i] : high[i]);
-            for (int j = 0; j < 4; j++) {
-                int64_t total = 0;
-                for (int at = 0; at < count; at += 1024) {
-                    int32_t part = 0;  // 1024 * 127 * 8191 < 2^31
-                    int stop = at + 1024 < count ? at + 1024 : count;
-                    const int8_t* weights = w[j] + from;
-                    for (int i = at; i < stop; i++) part += int32_t{weights[i]} * x[i];
-                    total += part;
-                }
-                out[m][j] += total;
-            }
-        }
-    }
-    (void)ahead;
-}
-#endif
-
-// out[m][j] = sum over groups of scale * (sum of (nibble - 8) * x), before the row's own scale.
-#if defined(HAS_VNNI)
-template <int M, int PLANES>
-KERNEL void nibble_dots(const uint8_t* const w[4], const float* const scales[4], const Inputs& in,
-                        int row, long ahead, float out[][4]) {
-    Vec sums[M][4] = {};
-    const int steps = in.width / BLOCK;
-    const int8_t* planes = in.high + static_cast<long>(row) * in.width;
-    const int8_t* fine = in.low + static_cast<long>(row) * in.width;
-    const int32_t* offsets = in.offsets + static_cast<long>(row) * steps * 16;
-    const __m256i low_bits = _mm256_set1_epi8(15);
-    for (int s = 0; s < steps; s++) {
-        for (int j = 0; j < 4; j++) {
-            __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[j] + s * 32));
-            __m256i first = _mm256_and_si256(pairs, low_bits);
-            __m256i second = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), low_bits);
-            __m512i weights = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-            __m512 scale = _mm512_insertf32x8(_mm512_set1_ps(scales[j][2 * s]),
-                                              _mm256_set1_ps(scales[j][2 * s + 1]), 1);
-            if (s % 2 == 0) prefetch(w[0] + ahead + 128 * s + 64 * j);
-            for (int m = 0; m < M; m++) {
-                __m512i t = add_products(no_sums(), weights, planes + m * in.width + s * BLOCK);
-                if (PLANES == 2) {
-                    t = _mm512_slli_epi32(t, 7);
-                    t = add_products(t, weights, fine + m * in.width + s * BLOCK);
-                }
-                t = _mm512_add_epi32(t, _mm512_loadu_si512(offsets + (m * steps + s) * 16));
-                sums[m][j] = multiply_add((Vec)_mm512_cvtepi32_ps(t), (Vec)scale, sums[m][j]);
-            }
-        }
-    }
-    for (int m = 0; m < M; m++) sum4(sums[m], out[m]);
-}
-#else
-template <int M, int PLANES>
-KERNEL void nibble_dots(const uint8_t* const w[4], const float* const scales[4], const Inputs& in,
-                        int row, long ahead, float out[][4]) {
-    const int steps = in.width / BLOCK;
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < 4; j++) {
-            float total = 0;
-            for (int s = 0; s < steps; s++) {
-                long at = static_cast<long>(row + m) * in.width + s * BLOCK;
-                for (int half = 0; half < 2; half++) {
-                    int32_t group = 0;
-                    for (int i = 0; i < GROUP; i++) {
-                        int nibble = half ? w[j][s * 32 + i] >> 4 : w[j][s * 32 + i] & 15;
-                        long place = at + half * GROUP + i;
-                        int x = PLANES == 2 ? 128 * in.high[place] + in.low[place] : in.high[place];
-                        group += (nibble - 8) * x;
-                    }
-                    total += static_cast<float>(group) * scales[j][2 * s + half];
-                }
-            }
-            out[m][j] = total;
-        }
-    (void)ahead;
-}
-#endif
-
-template <int M, int PLANES>
-inline void rounded_dots(const Linear& layer, const int o[4], const Inputs& in, int row,
-                         long ahead, float out[][4]) {
-    if (layer.kind == INT8) {
-        const int8_t* w[4];
-        for (int j = 0; j < 4; j++)
-            w[j] = static_cast<const int8_t*>(layer.weight) + static_cast<long>(o[j]) * layer.inputs;
-        int64_t totals[M][4];
-        integer_dots<M, PLANES>(w, in, row, layer.inputs, ahead, totals);
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < 4; j++)
-                out[m][j] = static_cast<float>(totals[m][j]) *
-                            (in.scale[row + m] * layer.scales[o[j]]);
-        return;
-    }
-    const uint8_t* w[4];
-    const float* scales[4];
-    for (int j = 0; j < 4; j++) {
-        w[j] = static_cast<const uint8_t*>(layer.weight) + static_cast<long>(o[j]) * in.width / 2;
-        scales[j] = layer.scales + static_cast<long>(o[j]) * in.width / GROUP;
-    }
-    nibble_dots<M, PLANES>(w, scales, in, row, ahead / 2, out);
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < 4; j++) out[m][j] *= in.scale[row + m];
-}
-
-template <int M, int PLANES>
-inline void rounded_dots_of(int rows, const Linear& layer, const int o[4], const Inputs& in,
-                            int row, long ahead, float out[][4]) {
-    if constexpr (M > 1) {
-        if (rows < M) return rounded_dots_of<M - 1, PLANES>(rows, layer, o, in, row, ahead, out);
-    }
-    rounded_dots<M, PLANES>(layer, o, in, row, ahead, out);
-}
-
 // ---- a share of one layer ----
 
 // Calls finish(row, output, count, values) for the dot products of outputs [begin, end), J outputs
@@ -379,7 +190,7 @@ inline void float_share(const Linear& layer, const Inputs& in, int begin, int en
 template <int PLANES, class Finish>
 inline void integer_share(const Linear& layer, const Inputs& in, int begin, int end,
                           const Finish& finish) {
-    constexpr int MAX = LANES == 16 ? 6 / PLANES : 1;
+    constexpr int MAX = LANES == 16 ? 6 / PLANES : LANES == 8 ? 2 : 1;
     float out[MAX][4];
     for (int o = begin; o < end; o += 4) {
         const int count = end - o < 4 ? end - o : 4;

@@ -12,6 +12,28 @@ struct AttendScratch {
     std::vector<AttentionScratch> threads;
 };
 
+int64_t likeliest(const float* row, int width) {
+    const int full = width / LANES * LANES;
+    Vec tops = broadcast(-INFINITY);
+    VecInt odd{};
+    for (int i = 0; i < full; i += LANES) {
+        const Vec v = load(row + i);
+        odd |= v != v;
+        tops = maximum(v, tops);
+    }
+    bool is_number = true;
+    for (int i = 0; i < LANES; i++) is_number = is_number && !odd[i];
+    float top = max_lane(tops);
+    for (int i = full; i < width; i++) {
+        is_number = is_number && row[i] == row[i];
+        top = row[i] > top ? row[i] : top;
+    }
+    if (!is_number || !std::isfinite(top)) return -1;
+    int64_t at = 0;
+    while (row[at] != top) at++;
+    return at;
+}
+
 }  // namespace
 
 EXPORT int32_t outrider_lanes() { return LANES; }
@@ -100,33 +122,26 @@ EXPORT void* outrider_decoder_scratch() { return new DecoderScratch; }
 
 EXPORT void outrider_decoder_free(void* scratch) { delete static_cast<DecoderScratch*>(scratch); }
 
-EXPORT void outrider_decoder(const Decoder* model, const DecoderCall* call, void* scratch) {
-    DecoderPass(*model, *call, *static_cast<DecoderScratch*>(scratch)).run();
+// 0, or 1 if a token is not in the vocabulary; then nothing was done.
+EXPORT int32_t outrider_decoder(const Decoder* model, const DecoderCall* call, void* scratch) {
+    return DecoderPass(*model, *call, *static_cast<DecoderScratch*>(scratch)).run() ? 0 : 1;
 }
 
 // The likeliest token of each row, the lowest id of equals; -1 where the largest is no finite number.
-EXPORT void outrider_argmax(const float* logits, int32_t rows, int32_t width, int64_t* tokens) {
-    for (int r = 0; r < rows; r++) {
-        const float* row = logits + static_cast<long>(r) * width;
-        Vec tops = broadcast(-INFINITY);
-        bool is_number = true;
-        const int full = width / LANES * LANES;
-        VecInt odd{};
-        for (int i = 0; i < full; i += LANES) {
-            Vec v = load(row + i);
-            odd |= v != v;
-            tops = maximum(v, tops);
-        }
-        for (int i = 0; i < LANES; i++) is_number = is_number && !odd[i];
-        float top = max_lane(tops);
-        for (int i = full; i < width; i++) {
-            is_number = is_number && row[i] == row[i];
-            top = row[i] > top ? row[i] : top;
-        }
-        tokens[r] = -1;
-        if (!is_number || !std::isfinite(top)) continue;
-        int64_t at = 0;
-        while (row[at] != top) at++;
-        tokens[r] = at;
-    }
+EXPORT void outrider_argmax(const float* logits, int32_t rows, int32_t width, int64_t* tokens,
+                            int32_t threads) {
+    constexpr int64_t WORTH_A_TEAM = 1 << 18;
+    if (static_cast<int64_t>(rows) * width < WORTH_A_TEAM || rows < 2) threads = 1;
+    run_team(threads, [&](const Worker& worker) {
+        const Range share = worker.share(rows);
+        for (int r = share.begin; r < share.end; r++)
+            tokens[r] = likeliest(logits + static_cast<int64_t>(r) * width, width);
+    });
+}
+
+// Sizes of the structs that Python mirrors, in the order of its list.
+EXPORT int32_t outrider_size(int32_t index) {
+    const size_t sizes[] = {sizeof(Linear),       sizeof(AttentionShape), sizeof(KV),
+                            sizeof(DecoderLayer), sizeof(Decoder),        sizeof(DecoderCall)};
+    return static_cast<int32_t>(sizes[index]);
 }

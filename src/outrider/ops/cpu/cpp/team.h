@@ -28,7 +28,7 @@ inline void relax(int turns) {
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield");
 #endif
-    if (turns % 4096 == 4095) {  // somebody else may need this core to arrive at all
+    if (turns % 512 == 511) {  // somebody else may need this core to arrive at all
 #if defined(__unix__) || defined(__APPLE__)
         sched_yield();
 #endif
