@@ -44,6 +44,8 @@ inline void configure(int columns) {
         config.rows[t] = 16;
         config.bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? 64 : 4 * columns);
     }
+    // GCC 12 takes the instruction to read 8 of the 64 bytes, and would drop the stores to the rest.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
 }
 
