@@ -29,11 +29,17 @@ class FixedController:
         spec = seq.speculation
         if not max_draft_nodes or not spec.drafter or not row.reaches_end:
             return PLAIN
-        depth = min(spec.num_draft_tokens, usable(seq, self.max_model_len))
-        num_nodes = min(depth * spec.width, max_draft_nodes)
+        depth = usable(seq, self.max_model_len)
+        if depth > spec.num_draft_tokens:
+            depth = spec.num_draft_tokens
+        num_nodes = depth * spec.width
+        if num_nodes > max_draft_nodes:
+            num_nodes = max_draft_nodes
         if num_nodes < 1:
             return PLAIN
-        return RowPlan(spec.drafter, min(depth, num_nodes), spec.width, num_nodes)
+        if depth > num_nodes:
+            depth = num_nodes
+        return RowPlan(spec.drafter, depth, spec.width, num_nodes)
 
 
 def usable(seq: Sequence, max_model_len: int | None) -> int:

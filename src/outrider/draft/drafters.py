@@ -38,8 +38,10 @@ class Drafters:
         trees = [EMPTY_TREE] * len(batch.rows)
         for name in dict.fromkeys(part.drafter for part in plan if part.num_nodes):
             at = [i for i, part in enumerate(plan) if part.num_nodes and part.drafter == name]
-            rows = [batch.rows[i] for i in at]
-            drafted = self._by_name[name].draft(rows, [plan[i] for i in at])
+            rows, parts = batch.rows, plan
+            if len(at) < len(plan):
+                rows, parts = [rows[i] for i in at], [plan[i] for i in at]
+            drafted = self._by_name[name].draft(rows, parts)
             for i, tree in zip(at, drafted, strict=True):
                 tree.check()
                 assert len(tree) <= plan[i].num_nodes, f"{name} drafted more than was planned"
