@@ -75,7 +75,9 @@ class Scheduler:
             if seq.status is not Status.RUNNING:
                 continue  # preempted for one before it
             num_later = len(due) - index - 1  # a row is left for each of them
-            num_tokens = min(self._limit(seq.num_uncached), budget - num_later)
+            num_tokens = self._limit(len(seq.tokens) - seq.num_cached)
+            if num_tokens > budget - num_later:
+                num_tokens = budget - num_later
             if self._make_room(seq, num_tokens, preempted):
                 rows.append(Row(seq, num_tokens, 0))
                 budget -= num_tokens
@@ -122,7 +124,9 @@ class Scheduler:
             depth = usable(row.seq, self.config.max_model_len)
             if depth > spec.num_draft_tokens:
                 depth = spec.num_draft_tokens
-            nodes = min(depth * spec.width, budget)
+            nodes = depth * spec.width
+            if nodes > budget:
+                nodes = budget
             capacity = len(table.blocks) * self.config.block_size
             if end + nodes > capacity:
                 # A cached block gives way only where none is empty: drafts may be rejected.

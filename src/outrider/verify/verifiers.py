@@ -48,7 +48,10 @@ def _greedy(seq: Sequence, tree: DraftTree, output: TargetOutput, first: int) ->
     if not seq.shaper.is_plain_greedy or is_lossy(seq.speculation.verifier):
         return None
     argmax_N = output.argmax_N
-    verdict = walk(tree, lambda node: argmax_N[first + 1 + node])
+    if not tree.tokens:
+        verdict = Verdict((), argmax_N[first])
+    else:
+        verdict = walk(tree, lambda node: argmax_N[first + 1 + node])
     return verdict if verdict.token >= 0 else None  # no number: the laws say what is wrong
 
 
