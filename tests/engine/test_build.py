@@ -1,6 +1,7 @@
 """build: which draft model, drafters, tokenizer and KV an engine gets; which pairs it refuses."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -224,3 +225,24 @@ def test_speculation_from_a_name_keys_or_the_thing_itself():
     assert speculation_params({}) == SpeculationParams()
     with pytest.raises(RequestError, match="num_draft_token'; did you mean 'num_draft_tokens'"):
         speculation_params({"num_draft_token": 3})
+
+
+def test_an_adapted_model_can_keep_its_own_linear_layers(target):
+    load = LoadConfig(model=target, network="adapter", load_tokenizer=False)
+    swapped, _ = build(load, {})
+    kept, _ = build(replace(load, swap_linear=False), {})
+    modules = [engine.runner.network.model.modules() for engine in (swapped, kept)]
+    assert [any("forward" in vars(module) for module in part) for part in modules] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "swap_linear=False.*lean decoder.*network='adapter'"),
+        ({"network": "adapter", "quantization": "int8"}, "swap_linear=False with quantization"),
+    ],
+)
+def test_swap_linear_is_refused_where_it_cannot_be_honoured(target, options, text):
+    load = LoadConfig(model=target, swap_linear=False, load_tokenizer=False, **options)
+    with pytest.raises(ConfigError, match=text):
+        build(load, {})
