@@ -82,11 +82,26 @@ inline void prepare_rows(const Linear& layer, const Inputs& in, int begin, int e
 
 // ---- float arithmetic ----
 
-// sums[m][j] += x[m] . w[j] over inputs [begin, end), lane by lane. `next`, where the rows of W behind
-// these lie, is fetched meanwhile in one sweep; null if it is there.
+// Cache lines of W that are fetched during a sweep: per vector of inputs, `count` from `first` on.
+template <class W>
+struct Ahead {
+    const W* first = nullptr;
+    int count = 0;
+};
+
+// The share of the J rows of W behind these that sweep `sweep` of `sweeps` fetches. All of them fetch
+// alike: were it left to the first, it would wait for memory and the others leave memory idle.
+template <int J, class W>
+inline Ahead<W> fetched(const W* next, int sweep, int sweeps) {
+    const int each = (J + sweeps - 1) / sweeps, begin = sweep * each;
+    if (begin >= J) return {};
+    return {next + begin * (64 / sizeof(W)), J - begin < each ? J - begin : each};
+}
+
+// sums[m][j] += x[m] . w[j] over inputs [begin, end), lane by lane.
 template <int M, int J, class W>
 KERNEL void accumulate(const W* const* w, const float* x, long stride, int begin, int end,
-                       const W* next, Vec (*sums)[J]) {
+                       Ahead<W> ahead, Vec (*sums)[J]) {
     constexpr int LINE = 64 / sizeof(W);
     Vec partial[M][J];
     for (int m = 0; m < M; m++)
@@ -97,7 +112,8 @@ KERNEL void accumulate(const W* const* w, const float* x, long stride, int begin
         for (int m = 0; m < M; m++) values[m] = load(x + m * stride + i);
         for (int j = 0; j < J; j++) {
             const Vec weights = load(w[j] + i);
-            if (next && i * sizeof(W) % 64 == 0) prefetch(next + i * J + j * LINE);
+            if (j < ahead.count && i * sizeof(W) % 64 == 0)
+                prefetch(ahead.first + i * J + j * LINE);
             for (int m = 0; m < M; m++)
                 partial[m][j] = multiply_add(weights, values[m], partial[m][j]);
         }
@@ -115,12 +131,12 @@ KERNEL void accumulate(const W* const* w, const float* x, long stride, int begin
 
 template <int M, int J, class W>
 inline void accumulate_rows(int rows, const W* const* w, const float* x, long stride, int begin,
-                            int end, const W* next, Vec (*sums)[J]) {
+                            int end, Ahead<W> ahead, Vec (*sums)[J]) {
     if constexpr (M > 1) {
         if (rows < M)
-            return accumulate_rows<M - 1, J>(rows, w, x, stride, begin, end, next, sums);
+            return accumulate_rows<M - 1, J>(rows, w, x, stride, begin, end, ahead, sums);
     }
-    accumulate<M, J>(w, x, stride, begin, end, next, sums);
+    accumulate<M, J>(w, x, stride, begin, end, ahead, sums);
 }
 
 template <class W>
@@ -149,6 +165,7 @@ inline void float_blocks(const Linear& layer, const Inputs& in, int begin, int e
         for (int m = 0; m < in.rows; m++)
             for (int j = 0; j < J; j++) sums[m][j] = Vec{};
         const int block = in.rows <= M ? inputs : INPUTS_BLOCK;
+        const int sweeps = (in.rows + M - 1) / M;
         for (int i = 0; i < inputs; i += block) {
             const int stop = inputs - i < block ? inputs : i + block;
             const W* next = w[0] + static_cast<long>(J) * inputs;
@@ -164,10 +181,11 @@ inline void float_blocks(const Linear& layer, const Inputs& in, int begin, int e
                 const int rows = in.rows - m < M ? in.rows - m : M;
                 const float* x = in.x + m * in.stride;
                 if constexpr (WIDENS)
-                    accumulate_rows<M, J, float>(rows, widened, x + i, in.stride, 0, stop - i, nullptr,
+                    accumulate_rows<M, J, float>(rows, widened, x + i, in.stride, 0, stop - i, {},
                                                  sums + m);
                 else
-                    accumulate_rows<M, J>(rows, w, x, in.stride, i, stop, m ? nullptr : next, sums + m);
+                    accumulate_rows<M, J>(rows, w, x, in.stride, i, stop,
+                                          fetched<J>(next, m / M, sweeps), sums + m);
             }
         }
         for (int m = 0; m < in.rows; m++) {
