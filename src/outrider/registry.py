@@ -78,7 +78,16 @@ DRAFTERS = Registry(
     "outrider.drafters",
     {
         "ngram": "outrider.draft.ngram:NgramDrafter",
+        "suffix": "outrider.draft.suffix:SuffixDrafter",
+        "recycle": "outrider.draft.recycle:RecycleDrafter",
+        "retrieval": "outrider.draft.retrieval:RetrievalDrafter",
+        "rest": "outrider.draft.rest:RestDrafter",
         "draft_model": "outrider.draft.draft_model:ModelDrafter",
+        "translate": "outrider.draft.translate:TranslateDrafter",
+        "lookahead": "outrider.draft.lookahead:LookaheadDrafter",
+        "prediction": "outrider.draft.prediction:PredictionDrafter",
+        "early_exit": "outrider.draft.early_exit:EarlyExitDrafter",
+        "cascade": "outrider.draft.cascade:CascadeDrafter",
     },
 )
 
@@ -89,5 +98,13 @@ VERIFIERS = Registry(
         "greedy": "outrider.verify.greedy:GreedyVerifier",
         "sampled": "outrider.verify.sampled:SampledVerifier",
         "rejection": "outrider.verify.rejection:RejectionVerifier",
+        "block": "outrider.verify.block:BlockVerifier",
+        "tree": "outrider.verify.tree:TreeVerifier",
+        "traversal": "outrider.verify.traversal:TraversalVerifier",
+        "spectr": "outrider.verify.spectr:SpectrVerifier",
+        "gbv": "outrider.verify.gbv:GbvVerifier",
+        "typical": "outrider.verify.typical:TypicalVerifier",
+        "fly": "outrider.verify.fly:FlyVerifier",
+        "synthetic": "outrider.verify.synthetic:SyntheticVerifier",
     },
 )

@@ -4,13 +4,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from operator import index
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
 from outrider.errors import RequestError, unknown
 
 OFF = "off"
 MAX_DRAFT_TOKENS = 64
+MAX_WIDTH = 64
+MAX_NODES = 256
 MAX_N = 1024
+SAMPLE_METHODS = ("greedy", "probabilistic", "independent", "coupled")
 T = TypeVar("T")
 
 
@@ -91,6 +94,40 @@ class SamplingParams:
         return self.json_schema is not None or self.regex is not None or self.grammar is not None
 
 
+class Option(NamedTuple):
+    """A setting of one drafter or one verifier, given per request.
+
+    Attributes:
+        default: in force where the request says nothing; its type is the setting's.
+        meaning: one line for people.
+        low, high: bounds of a number, both allowed.
+        choices: the texts that are known; () allows any text.
+    """
+
+    default: bool | int | float | str
+    meaning: str
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: object) -> None:
+        """RequestError with the value and the remedy if it cannot be honoured."""
+        kind = type(self.default)
+        if kind is float and _is_int(value):
+            value = float(value)  # type: ignore[arg-type]
+        _require(type(value) is kind, name, value, f"must be a {_KIND_NAMES[kind]}")
+        if isinstance(value, str):
+            is_known = not self.choices or value in self.choices
+            _require(is_known, name, value, f"must be one of {', '.join(self.choices)}")
+        elif kind is not bool:
+            bounds = f"must lie in [{self.low:g}, {self.high:g}]"
+            _require(self.low <= value <= self.high, name, value, bounds)  # type: ignore[operator]
+
+
+_KIND_NAMES = {bool: "truth value", int: "whole number", float: "number", str: "text"}
+Options: TypeAlias = Mapping[str, bool | int | float | str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeculationParams:
     """Who drafts, how far, and which rule verifies, for one request.
@@ -98,26 +135,40 @@ class SpeculationParams:
     Attributes:
         method: "off", or a drafter's name (`outrider plugins` lists them); None takes the
             engine's default: its draft model if it has one, else off.
-        num_draft_tokens: K, drafted tokens per step (depth of the tree); None takes the
+        num_draft_tokens: K, depth of the draft tree (for a chain, its tokens); None takes the
             drafter's default.
-        width: branches at the root of a draft tree; 1 is a chain.
+        width: branches at the root of a draft tree; 1 is a chain, None the drafter's default.
+        num_nodes: most nodes of a draft tree; None takes the drafter's default, which is
+            `num_draft_tokens * width` unless it says otherwise.
         verifier: acceptance rule; None takes "sampled" (exact, one seeded draw per node).
-        draft_sample_method: how a model drafts: "greedy", "probabilistic" (its own draw, the
-            law is recorded), or "coupled" (the target's noise with its own law); None picks
-            "probabilistic" for a rule that needs drawn tokens, else "coupled".
+        draft_sample_method: how a model drafts: "greedy" (its most likely tokens),
+            "probabilistic" (its own draws, siblings without replacement; the laws are recorded),
+            "independent" (`width` chains, each drawn as if alone), or "coupled" (the target's
+            noise with its own law); None picks "coupled" for a rule that is keyed by position,
+            else the first of "probabilistic", "independent", "greedy" that the rule takes.
         prompt_lookup_min, prompt_lookup_max: shortest and longest n-gram that `ngram` matches.
         model: the draft model that must be loaded (checked against the engine's, never loaded
             per request).
+        drafter_options, verifier_options: settings of the method and of the rule by name
+            (`outrider plugins` lists them).
+        prediction: text that the answer is expected to resemble, for method "prediction" (as
+            predicted outputs elsewhere); needs a tokenizer.
+        prediction_token_ids: the same as token ids; give one of the two.
     """
 
     method: str | None = None
     num_draft_tokens: int | None = None
-    width: int = 1
+    width: int | None = None
+    num_nodes: int | None = None
     verifier: str | None = None
     draft_sample_method: str | None = None
     prompt_lookup_min: int | None = None
     prompt_lookup_max: int | None = None
     model: str | None = None
+    drafter_options: Options = field(default_factory=dict)
+    verifier_options: Options = field(default_factory=dict)
+    prediction: str | None = None
+    prediction_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_speculation(self)
@@ -145,15 +196,28 @@ class Speculation:
 
     Attributes:
         drafter: "" for plain decoding.
+        parts: further drafters that the drafter composes.
+        num_nodes: most nodes of a draft tree.
+        options: of the drafter, every one of them. verifier_options: likewise, sorted by name.
+        prediction: token ids that the answer is expected to resemble.
     """
 
     drafter: str = ""
+    parts: tuple[str, ...] = ()
     num_draft_tokens: int = 0
     width: int = 1
+    num_nodes: int = 0
     verifier: str = "sampled"
+    verifier_options: tuple[tuple[str, bool | int | float | str], ...] = ()
+    options: Options = field(default_factory=dict)
+    prediction: tuple[int, ...] = ()
     draft_sample_method: str = "greedy"
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.num_nodes:
+            object.__setattr__(self, "num_nodes", self.num_draft_tokens * self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,12 +356,20 @@ def _check_speculation(p: SpeculationParams) -> None:
         k is None or (_is_int(k) and 0 <= k <= MAX_DRAFT_TOKENS),
         "num_draft_tokens", k, f"must lie in [0, {MAX_DRAFT_TOKENS}] (0 is plain decoding)",
     )  # fmt: skip
-    _require(_is_int(p.width) and 1 <= p.width <= 16, "width", p.width, "must lie in [1, 16]")
-    methods = (None, "greedy", "probabilistic", "coupled")
+    for name, most in (("width", MAX_WIDTH), ("num_nodes", MAX_NODES)):
+        value = getattr(p, name)
+        is_in = value is None or (_is_int(value) and 1 <= value <= most)
+        _require(is_in, name, value, f"must lie in [1, {most}]")
     _require(
-        p.draft_sample_method in methods,
-        "draft_sample_method", p.draft_sample_method, "must be greedy, probabilistic or coupled",
-    )  # fmt: skip
+        p.draft_sample_method in (None, *SAMPLE_METHODS),
+        "draft_sample_method",
+        p.draft_sample_method,
+        f"must be one of {', '.join(SAMPLE_METHODS)}",
+    )
+    for name in ("drafter_options", "verifier_options"):
+        value = getattr(p, name)
+        _require(isinstance(value, Mapping), name, value, "must map names to values")
+    _check_prediction(p)
     for name in ("prompt_lookup_min", "prompt_lookup_max"):
         value = getattr(p, name)
         _require(
@@ -311,3 +383,14 @@ def _check_speculation(p: SpeculationParams) -> None:
         low is None or high is None or low <= high,
         "prompt_lookup_min", low, f"must not exceed prompt_lookup_max={high}",
     )  # fmt: skip
+
+
+def _check_prediction(p: SpeculationParams) -> None:
+    text, ids = p.prediction, p.prediction_token_ids
+    _require(text is None or isinstance(text, str), "prediction", text, "must be text or None")
+    _require(text is None or ids is None, "prediction_token_ids", ids, "drop it or prediction")
+    if ids is None:
+        return
+    is_ids = isinstance(ids, tuple | list) and all(_is_int(i) for i in ids)
+    _require(is_ids, "prediction_token_ids", ids, "must be token ids")
+    object.__setattr__(p, "prediction_token_ids", tuple(ids))

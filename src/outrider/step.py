@@ -6,12 +6,27 @@ D hidden width.
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
 
 from outrider.sequence import Sequence
+
+
+class Kind(StrEnum):
+    """What a proposal is, by how its tokens came about (algorithms.md 1.2).
+
+    Picked tokens are functions of the text alone; drawn ones come from a law recorded with them.
+    """
+
+    PICKED_CHAIN = "picked chain"
+    PICKED_TREE = "picked tree"
+    DRAWN_CHAIN = "drawn chain"
+    DRAWN_CHAINS = "independently drawn chains"
+    DRAWN_TREE = "tree of siblings drawn without replacement"
+    MIXED_TREE = "tree of picked and drawn siblings"
 
 
 class Row(NamedTuple):
@@ -71,7 +86,8 @@ class DraftTree:
         laws: per node the law it was drawn from, given the siblings before it: a dense [V]
             tensor, or None for a deterministic pick (point mass). Shorter than `tokens` is not
             allowed; () means every node is a point mass.
-        paths: for i.i.d. chains, one tuple of node indices per chain, duplicates kept.
+        paths: for independently drawn chains, one tuple of node indices per chain, in draw order;
+            equal prefixes share nodes, equal chains are listed as often as they were drawn.
         source: name of the drafter.
     """
 

@@ -77,11 +77,19 @@ def test_a_tree_that_breaks_the_rules_is_caught_where_it_was_made(tree, message)
         drafters.draft(Batch([Row(sequence("a"), 1, 2)], []), [RowPlan("one", 2, 1, 2)])
 
 
-def test_every_drafter_sees_every_commit():
+def test_a_drafter_sees_every_commit_while_a_sequence_is_open_with_it():
     one, two = ScriptedDrafter(junk(9), name="one"), ScriptedDrafter(junk(9), name="two")
-    commits = [Commit(seq=sequence("a", "one"), tokens=(4, 5)), Commit(seq=sequence("b"))]
-    Drafters([one, two]).observe(commits, NOTHING)
-    assert one.num_observed == two.num_observed == {"a": 2, "b": 0}
+    mine = sequence("a", "one")
+    commits = [Commit(seq=mine, tokens=(4, 5)), Commit(seq=sequence("b"))]
+    drafters = Drafters([one, two])
+    drafters.observe(commits, NOTHING)
+    assert one.num_observed == {}
+    drafters.open(mine)
+    drafters.observe(commits, NOTHING)
+    drafters.close(mine)
+    drafters.observe(commits, NOTHING)
+    assert one.num_observed == {"a": 2, "b": 0}
+    assert two.num_observed == {}
 
 
 def test_only_the_chosen_drafter_opens_and_closes_a_sequence():
@@ -125,5 +133,5 @@ def test_in_an_engine_what_is_opened_is_closed_once():
 def test_a_drafter_that_needs_what_nobody_hands_out_is_refused():
     drafter = ScriptedDrafter(junk(256))
     drafter.needs = ("hidden states",)
-    with pytest.raises(ConfigError, match="'scripted' needs hidden states of the target"):
+    with pytest.raises(ConfigError, match="'scripted' needs 'hidden states', which this version"):
         Drafters([drafter])

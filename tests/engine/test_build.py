@@ -1,6 +1,7 @@
 """build: which draft model, drafters, tokenizer and KV an engine gets; which pairs it refuses."""
 
 import json
+import re
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -71,12 +72,20 @@ def test_other_models_bring_none(target, draft):
 
 
 def test_drafters_that_need_only_tokens_are_there_unasked(target, monkeypatch):
-    assert engine(target).drafters.names() == ["ngram"]
-    for kind in (Stranger, NeedsHiddenStates):
-        monkeypatch.setitem(DRAFTERS._builtins, kind.__name__, f"{__name__}:{kind.__name__}")
-    assert engine(target).drafters.names() == ["ngram", "stranger"]
+    usual = engine(target).drafters.names()
+    assert "ngram" in usual
+    assert not {"draft_model", "translate", "rest"} & set(usual)
+    monkeypatch.setitem(DRAFTERS._builtins, "Stranger", f"{__name__}:Stranger")
+    assert sorted(engine(target).drafters.names()) == sorted([*usual, "stranger"])
     assert engine(target, drafters=("Stranger",)).drafters.names() == ["stranger"]
     assert engine(target, drafters=()).drafters.names() == []
+
+
+def test_a_plug_in_that_needs_more_is_there_only_when_it_is_named(target, monkeypatch):
+    install(monkeypatch, "needy", f"{__name__}:NeedsHiddenStates")
+    assert "needy" not in engine(target).drafters
+    with pytest.raises(TypeError, match="model"):
+        engine(target, drafters=("needy",))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +94,7 @@ def test_drafters_that_need_only_tokens_are_there_unasked(target, monkeypatch):
 def test_a_broken_plug_in_is_skipped_with_a_warning(target, monkeypatch, caplog, name, reason):
     install(monkeypatch, name, "no_such_module:Thing")
     made = engine(target)
-    assert made.drafters.names() == ["ngram"]
+    assert name not in made.drafters or name == "ngram"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert reason in record.getMessage()
@@ -151,7 +160,7 @@ def test_dtype_and_device_reach_both_models(target, draft):
 def test_without_a_tokenizer_the_widths_must_agree(target, tmp_path):
     wide = str(write_checkpoint(tmp_path, vocab_size=VOCAB + 20))
     assert engine(target, draft_model=wide).draft_model == wide, "padding is no other vocabulary"
-    with pytest.raises(PairError, match=f"has {VOCAB + 20} tokens, .* has {VOCAB}"):
+    with pytest.raises(PairError, match=f"has {VOCAB + 20} tokens instead of {VOCAB}"):
         engine(target, draft_model=wide, load_tokenizer=False)
 
 
@@ -162,14 +171,21 @@ def test_a_draft_model_without_a_tokenizer_is_taken_at_its_width(target, draft, 
         for path in folder.glob("tokenizer*"):
             path.unlink()
     assert engine(target, draft_model=str(bare)).draft_model == str(bare)
-    with pytest.raises(PairError, match=r"does not share the vocabulary .* sizes differ"):
+    with pytest.raises(PairError, match=r"does not share .* without the tokenizers of both"):
         engine(target, draft_model=str(other))
 
 
-def test_another_vocabulary_of_the_same_size_is_refused(target, tmp_path):
+def test_another_vocabulary_is_translated_and_said_so(target, draft, tmp_path, caplog):
     other = write_checkpoint(tmp_path, text="zyx wvu tsr qpo zyx wvu tsr qpo " * 3)
-    with pytest.raises(PairError, match=r"token '.*' is id \d+ here and .* there; use a draft"):
-        engine(target, draft_model=str(other))
+    assert engine(target, draft_model=draft).default_drafter == "draft_model"
+    assert caplog.records == []
+    built = engine(target, draft_model=str(other))
+    assert built.default_drafter == "translate"
+    assert "draft_model" not in built.drafters
+    (record,) = caplog.records
+    assert re.search(r"token '.*' is id \d+ here and .* there.*translated", record.getMessage())
+    with pytest.raises(ConfigError, match=r"'translate' comes with draft_model=\.\.\."):
+        engine(target, drafters=("translate",))
 
 
 def test_a_grammar_needs_a_tokenizer(target):

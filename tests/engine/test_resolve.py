@@ -1,6 +1,7 @@
 """What a request asks of speculation: defaults, and refusals that name value and remedy."""
 
 import re
+from typing import ClassVar
 
 import pytest
 
@@ -9,9 +10,9 @@ from outrider.draft.ngram import NgramDrafter
 from outrider.engine import resolve as module
 from outrider.engine.resolve import resolve
 from outrider.errors import PairError, RequestError
-from outrider.request import SamplingParams, Speculation, SpeculationParams
+from outrider.request import Option, SamplingParams, Speculation, SpeculationParams
+from outrider.step import Kind
 from outrider.testing import ScriptedDrafter, junk
-from outrider.verify.base import Accepts
 from outrider.verify.sampled import SampledVerifier
 
 GREEDY, HOT = SamplingParams(), SamplingParams(temperature=1.0)
@@ -20,7 +21,7 @@ GREEDY, HOT = SamplingParams(), SamplingParams(temperature=1.0)
 class Drawing(ScriptedDrafter):
     """A drafter that can sample, chains only."""
 
-    draws = True
+    sample_methods = ("greedy", "probabilistic", "independent", "coupled")
     max_width = 1
     default_draft_tokens = 6
 
@@ -29,6 +30,33 @@ class NarrowDrawing(Drawing):
     """As `Drawing`, with branches."""
 
     max_width = 2
+    options: ClassVar = {
+        "depth": Option(3, "how deep", 1, 5),
+        "way": Option("left", "which way", choices=("left", "right")),
+        "share": Option(0.5, "how much", 0.0, 1.0),
+    }
+
+
+class AlwaysTree(ScriptedDrafter):
+    """A drafter that cannot draft a chain, of a size of its own."""
+
+    min_width = default_width = 2
+    default_num_nodes = 7
+
+
+class Guided(ScriptedDrafter):
+    """A drafter that reads a prediction."""
+
+    needs = ("prediction",)
+
+
+class Both(ScriptedDrafter):
+    """A drafter that composes others."""
+
+    options: ClassVar = {"parts": Option("ngram,draft_model", "who drafts")}
+
+    def parts(self, options):
+        return tuple(options["parts"].split(","))
 
 
 def drafters():
@@ -37,6 +65,9 @@ def drafters():
             NgramDrafter(),
             Drawing(junk(9), name="draft_model"),
             NarrowDrawing(junk(9), name="branching"),
+            AlwaysTree(junk(9), name="bushy"),
+            Guided(junk(9), name="guided"),
+            Both(junk(9), name="both"),
         ]
     )
 
@@ -163,29 +194,102 @@ def test_the_greedy_rule_serves_greedy_requests():
 
 
 @pytest.mark.parametrize(
-    ("accepts", "sample_method", "legal"),
+    ("accepts", "sample_method", "width", "legal"),
     [
-        ({"drawn": True, "point_mass": False}, "probabilistic", True),
-        ({"drawn": True, "point_mass": False}, "greedy", False),
-        ({"drawn": True, "point_mass": False}, "coupled", False),
-        ({"drawn": False, "point_mass": True}, "probabilistic", False),
-        ({"drawn": False, "point_mass": True}, "coupled", True),
+        (Kind.DRAWN_CHAIN, "probabilistic", 1, True),
+        (Kind.DRAWN_CHAIN, "independent", 1, True),
+        (Kind.DRAWN_CHAIN, "probabilistic", 2, False),
+        (Kind.DRAWN_CHAIN, "greedy", 1, False),
+        (Kind.DRAWN_TREE, "probabilistic", 2, True),
+        (Kind.DRAWN_TREE, "independent", 2, False),
+        (Kind.DRAWN_CHAINS, "independent", 2, True),
+        (Kind.PICKED_CHAIN, "probabilistic", 1, False),
+        (Kind.PICKED_CHAIN, "greedy", 1, True),
+        (Kind.PICKED_CHAIN, "greedy", 2, False),
+        (Kind.PICKED_TREE, "greedy", 2, True),
+        (Kind.PICKED_CHAIN, "coupled", 2, True),
     ],
 )
-def test_a_rule_is_given_only_the_kinds_it_declares(monkeypatch, accepts, sample_method, legal):
+def test_a_rule_is_given_only_the_kinds_it_declares(
+    monkeypatch, accepts, sample_method, width, legal
+):
     """algorithms.md 1.2: an illegal pair is refused when the request comes."""
 
     class Choosy(SampledVerifier):
         name = "choosy"
 
-    Choosy.accepts = Accepts(branches=True, **accepts)
-    monkeypatch.setattr(module, "verifier", lambda name: Choosy())
-    params = {"method": "draft_model", "draft_sample_method": sample_method}
+    Choosy.accepts = frozenset({accepts})
+    monkeypatch.setattr(module, "verifier", lambda name, options=(): Choosy())
+    params = {"method": "branching", "draft_sample_method": sample_method, "width": width}
     if legal:
         assert ask(**params).draft_sample_method == sample_method
     else:
-        with pytest.raises(PairError, match=r"verifier='choosy': does not take .*'sampled'"):
+        with pytest.raises(PairError, match=r"verifier='choosy' takes .*'sampled'"):
             ask(**params)
+
+
+@pytest.mark.parametrize(
+    ("accepts", "width", "method"),
+    [
+        ({Kind.DRAWN_CHAIN, Kind.PICKED_CHAIN}, 1, "probabilistic"),
+        ({Kind.DRAWN_CHAINS, Kind.PICKED_TREE}, 2, "independent"),
+        ({Kind.PICKED_TREE}, 2, "greedy"),
+    ],
+)
+def test_a_rule_keyed_by_the_root_gets_the_best_kind_it_takes(monkeypatch, accepts, width, method):
+    class Choosy(SampledVerifier):
+        name = "choosy"
+        keyed_by = "root"
+
+    Choosy.accepts = frozenset(accepts)
+    monkeypatch.setattr(module, "verifier", lambda name, options=(): Choosy())
+    assert ask(method="branching", width=width).draft_sample_method == method
+
+
+def test_a_composing_drafter_is_judged_by_its_parts():
+    found = ask(method="both", verifier="rejection")
+    assert (found.drafter, found.parts) == ("both", ("ngram", "draft_model"))
+    assert found.draft_sample_method == "probabilistic"
+    assert ask(method="both", prompt_lookup_max=3).prompt_lookup_max == 3
+    with pytest.raises(PairError, match="ngram with width=2"):
+        ask(method="both", width=2, verifier="rejection")
+
+
+def test_sizes_of_trees():
+    found = ask(method="bushy")
+    assert (found.width, found.num_nodes) == (2, 7)
+    assert ask(method="bushy", num_nodes=3).num_nodes == 3
+    assert ask(method="ngram", num_draft_tokens=3, width=4).num_nodes == 12
+    with pytest.raises(RequestError, match="width=1: bushy draws at least 2 branches; use width=2"):
+        ask(method="bushy", width=1)
+
+
+def test_options_are_honoured_or_refused():
+    found = ask(method="branching", drafter_options={"share": 1, "way": "right"})
+    assert found.options == {"depth": 3, "way": "right", "share": 1.0}
+    assert isinstance(found.options["share"], float)
+    for options, message in (
+        ({"depth": 9}, r"drafter_options\['depth'\]=9: must lie in \[1, 5\]"),
+        ({"depth": 2.5}, "must be a whole number"),
+        ({"way": "up"}, "must be one of left, right"),
+        ({"dept": 2}, "did you mean 'depth'"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            ask(method="branching", drafter_options=options)
+    with pytest.raises(RequestError, match="ngram has no options; drop it"):
+        ask(method="ngram", drafter_options={"depth": 2})
+    with pytest.raises(RequestError, match="sampled has no options; drop it"):
+        ask(method="ngram", verifier_options={"depth": 2})
+
+
+def test_a_prediction_goes_to_who_reads_it():
+    assert ask(method="guided", prediction_token_ids=(3, 4)).prediction == (3, 4)
+    with pytest.raises(RequestError, match="give the expected text as prediction="):
+        ask(method="guided")
+    with pytest.raises(RequestError, match="prediction_token_ids: ngram reads no prediction"):
+        ask(method="ngram", prediction_token_ids=(3, 4))
+    with pytest.raises(RequestError, match="nothing is drafted here"):
+        ask(method="off", prediction_token_ids=(3, 4))
 
 
 def test_branches_are_for_drafters_and_rules_that_take_them():

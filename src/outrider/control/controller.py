@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Items
 
+from outrider.request import Speculation
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, Plan, Row, RowPlan
 
@@ -32,7 +33,7 @@ class FixedController:
         depth = usable(seq, self.max_model_len)
         if depth > spec.num_draft_tokens:
             depth = spec.num_draft_tokens
-        num_nodes = depth * spec.width
+        num_nodes = most_nodes(spec, depth)
         if num_nodes > max_draft_nodes:
             num_nodes = max_draft_nodes
         if num_nodes < 1:
@@ -40,6 +41,13 @@ class FixedController:
         if depth > num_nodes:
             depth = num_nodes
         return RowPlan(spec.drafter, depth, spec.width, num_nodes)
+
+
+def most_nodes(spec: Speculation, depth: int) -> int:
+    """Nodes of the largest tree that a request wants at a depth of at most its K."""
+    if depth == spec.num_draft_tokens or not depth:
+        return spec.num_nodes if depth else 0
+    return min(depth * spec.width, spec.num_nodes)
 
 
 def usable(seq: Sequence, max_model_len: int | None) -> int:

@@ -1,10 +1,13 @@
 """What every drafter offers the engine, and what it may ask for."""
 
-from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence as Items
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from outrider.cache.table import BlockManager
+from outrider.models.runner import Runner
+from outrider.request import Option, Options, Speculation
 from outrider.sequence import Sequence
 from outrider.step import Commit, DraftTree, Plan, Row, TargetOutput
 
@@ -32,26 +35,78 @@ class Snapshot:
     state: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """A loaded network with KV of its own, and the tokenizer it came with (None without text)."""
+
+    runner: Runner
+    manager: BlockManager
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a drafter may be built from; an engine fills in what it has.
+
+    Attributes:
+        target: the model that is sped up.
+        draft: the draft model, if one is loaded. Its pool serves one drafter.
+        shares_vocabulary: whether token ids mean the same in both.
+        datastore: folder written by `outrider index build`, for retrieval from a corpus.
+        drafters: those built so far, by name, for drafters that compose others.
+    """
+
+    target: ModelParts
+    draft: ModelParts | None = None
+    shares_vocabulary: bool = True
+    datastore: str | None = None
+    drafters: Mapping[str, "Drafter"] = field(default_factory=dict)
+
+
+# What a drafter may say it needs beside tokens.
+NEEDS = (
+    "logits",  # of the target's rows, in `observe`
+    "target layers",  # to run some of the target's own, over its KV
+    "draft model",  # of the target's vocabulary
+    "draft model of another vocabulary",
+    "datastore",
+    "prediction",  # in the request
+    "drafters",  # to compose
+)
+
+
 class Drafter(Protocol):
     """Proposes tokens; whatever it does, the verifier keeps the target's law.
 
+    A class is made without arguments, unless it has a class method
+    `build(surroundings: Surroundings)`, which makes one or raises ConfigError.
+
     Attributes:
         name: as registered.
-        needs: what of the target it asks for beside tokens, by name; () is nothing. An engine
-            refuses a drafter whose needs it cannot meet.
+        needs: what it asks for beside tokens, out of `NEEDS`. An engine refuses a drafter whose
+            needs it cannot meet.
         warmth: what its state is made from.
         default_draft_tokens: K when the request does not say.
-        max_width: most branches it can draw at the root (1: chains only).
-        draws: whether it can sample from a law of its own and record it ("probabilistic",
-            "coupled"); otherwise its picks are deterministic.
+        default_width, min_width, max_width: branches at the root when the request does not say,
+            and the bounds (1 and 1: chains only).
+        default_num_nodes: most nodes when the request does not say; None is K * width.
+        sample_methods: the `draft_sample_method`s it knows, out of `request.SAMPLE_METHODS`. One
+            that knows "greedy" alone picks deterministically. With "probabilistic" it must record
+            the law of each token; with width > 1 siblings are drawn without replacement. With
+            "independent" it records `paths`. "coupled" drafts may be anything.
+        options: what a request may set with `drafter_options`.
     """
 
     name: str
     needs: tuple[str, ...]
     warmth: Warmth
     default_draft_tokens: int
+    default_width: int
+    min_width: int
     max_width: int
-    draws: bool
+    default_num_nodes: int | None
+    sample_methods: tuple[str, ...]
+    options: Mapping[str, Option]
 
     def open(self, seq: Sequence) -> None:
         """A new, resumed or forked sequence that may be drafted for; cheap until it is."""
@@ -62,7 +117,12 @@ class Drafter(Protocol):
         ...
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
-        """Every commit of a step, whoever drafted; sequences that are not open are skipped."""
+        """Every commit of a step, whoever drafted; sequences that are not open are skipped.
+
+        `commits[i]` belongs to row i of the step: where `output.first[i]` is not -1, row
+        `output.first[i]` of the logits is the sequence's root, and `output.first[i] + 1 + n` is
+        node n of `commits[i].tree`. The token log holds the new tokens already.
+        """
         ...
 
     def close(self, seq: Sequence) -> None:
@@ -75,4 +135,22 @@ class Drafter(Protocol):
 
     def restore(self, seq: Sequence, snapshot: Snapshot) -> int:
         """Takes the state back; returns the number of committed tokens it is ready for."""
+        ...
+
+
+@runtime_checkable
+class Composes(Protocol):
+    """A drafter that asks others; the engine opens, closes and tells those itself."""
+
+    def parts(self, options: Options) -> tuple[str, ...]:
+        """Names of the others under these options. RequestError if one is not here."""
+        ...
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A drafter with settings that only go together in some ways."""
+
+    def check(self, spec: Speculation) -> None:
+        """RequestError, with value and remedy, if this drafter cannot honour all of `spec`."""
         ...

@@ -1,28 +1,29 @@
 """Drafters: the drafters of one engine, by name; hands each the rows that are planned for it."""
 
+from collections import Counter
 from collections.abc import Sequence as Items
 
-from outrider.draft.base import Drafter
+from outrider.draft.base import NEEDS, Drafter
 from outrider.errors import ConfigError
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Batch, Commit, DraftTree, Plan, TargetOutput
 
 
 class Drafters:
-    """All that can be asked for here; every one of them sees every commit.
+    """All that can be asked for here; one sees every commit while a sequence is open with it.
 
     Raises:
-        ConfigError: one needs more of the target than tokens, which no engine hands out yet.
+        ConfigError: one needs what no engine hands out, or two have one name.
     """
 
     def __init__(self, drafters: Items[Drafter]) -> None:
+        self._by_name: dict[str, Drafter] = {}
+        self._num_open: Counter[str] = Counter()
         for drafter in drafters:
-            if drafter.needs:
-                raise ConfigError(
-                    f"drafter {drafter.name!r} needs {', '.join(drafter.needs)} of the target, "
-                    "which this version does not hand out: leave it out of drafters=..."
-                )
-        self._by_name = {drafter.name: drafter for drafter in drafters}
+            _check_needs(drafter)
+            if drafter.name in self._by_name:
+                raise ConfigError(f"two drafters are named {drafter.name!r}: leave one out")
+            self._by_name[drafter.name] = drafter
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -49,13 +50,31 @@ class Drafters:
         return trees
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
-        for drafter in self._by_name.values():
-            drafter.observe(commits, output)
+        for name, num_open in self._num_open.items():
+            if num_open:
+                self._by_name[name].observe(commits, output)
 
     def open(self, seq: Sequence) -> None:
-        if seq.speculation.drafter:
-            self._by_name[seq.speculation.drafter].open(seq)
+        for name in _names(seq):
+            self._num_open[name] += 1
+            self._by_name[name].open(seq)
 
     def close(self, seq: Sequence) -> None:
-        if seq.speculation.drafter:
-            self._by_name[seq.speculation.drafter].close(seq)
+        for name in _names(seq):
+            self._num_open[name] -= 1
+            self._by_name[name].close(seq)
+
+
+def _names(seq: Sequence) -> tuple[str, ...]:
+    """Who drafts for a sequence: parts before the whole that composes them."""
+    spec = seq.speculation
+    return (*spec.parts, spec.drafter) if spec.drafter else ()
+
+
+def _check_needs(drafter: Drafter) -> None:
+    for need in drafter.needs:
+        if need not in NEEDS:
+            raise ConfigError(
+                f"drafter {drafter.name!r} needs {need!r}, which this version does not hand out "
+                f"(it hands out {', '.join(NEEDS)}): leave it out of drafters=..."
+            )

@@ -4,9 +4,10 @@ Saxena 2023 (prompt lookup decoding); algorithms.md 4.9. The most recent match w
 per sequence and costs O(longest n-gram) per committed token.
 """
 
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence as Items
 
 from outrider.draft.base import Snapshot, Warmth
+from outrider.request import Option
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
@@ -51,8 +52,11 @@ class NgramDrafter:
     needs: tuple[str, ...] = ()
     warmth = Warmth.R0
     default_draft_tokens = 5
+    default_width = min_width = 1
     max_width = 16
-    draws = False
+    default_num_nodes: int | None = None
+    sample_methods: tuple[str, ...] = ("greedy",)
+    options: Mapping[str, Option] = {}
 
     def open(self, seq: Sequence) -> None:
         spec = seq.speculation

@@ -1,7 +1,7 @@
 """From names to an engine: load target, draft model and tokenizer, check the fit, wire them."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence as Items
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +9,7 @@ import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
-from outrider.draft.base import Drafter, Warmth
-from outrider.draft.draft_model import ModelDrafter
+from outrider.draft.base import NEEDS, Drafter, ModelParts, Surroundings, Warmth
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError, PairError, RequestError, TokenizerError
@@ -26,7 +25,7 @@ from outrider.sampling.grammar import GrammarCompiler
 from outrider.tokenizer import Tokenizer, load_tokenizer, same_vocabulary
 
 DEMO, DEMO_DRAFT = "demo", "demo-draft"
-MODEL_DRAFTER = "draft_model"
+MODEL_DRAFTER, TRANSLATOR = "draft_model", "translate"
 logger = logging.getLogger(__name__)
 
 
@@ -36,9 +35,9 @@ class LoadConfig:
 
     Attributes:
         model: a hub id, a folder, or "demo".
-        draft_model: likewise, of the same vocabulary; None loads none, except that "demo" brings
-            its own ("off" declines it).
-        drafters: further drafters by registered name; None is all that need nothing but tokens.
+        draft_model: likewise; None loads none, except that "demo" brings its own ("off" declines
+            it). One of another vocabulary drafts through `translate`.
+        drafters: further drafters by registered name; None is all that can be had here.
         dtype: "auto" (the checkpoint's on a GPU, float32 on the CPU) or a torch dtype's name.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         revision: of the model's hub id; a draft model of another name is taken as it is now.
@@ -55,6 +54,7 @@ class LoadConfig:
         quantization: how the weights of products are quantised when they are loaded: "int8",
             "int8-dynamic", "int8-weight-only", "int4"; None or "off" keeps them as stored.
         draft_quantization: likewise for the draft model; None is as the target.
+        datastore: folder written by `outrider index build`, for method "rest".
     """
 
     model: str
@@ -71,6 +71,7 @@ class LoadConfig:
     load_tokenizer: bool = True
     quantization: str | None = None
     draft_quantization: str | None = None
+    datastore: str | None = None
 
 
 def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokenizer | None]:
@@ -91,15 +92,20 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     max_model_len = config.model_len(target.spec)
     config = replace(config, max_model_len=max_model_len)
     runner, manager = _with_pool(target, config, max_model_len)
-    drafters = [_make_drafter(name) for name in _token_drafters(load)]
+    surroundings = Surroundings(
+        target=ModelParts(runner=runner, manager=manager, tokenizer=tokenizer),
+        datastore=load.datastore,
+    )
+    default_drafter = ""
     if draft_name:
-        drafters.append(_model_drafter(load, draft_name, target.spec, tokenizer, config))
+        surroundings = _with_draft(load, draft_name, surroundings, config)
+        default_drafter = MODEL_DRAFTER if surroundings.shares_vocabulary else TRANSLATOR
     engine = Engine(
         runner,
         manager,
         config,
-        drafters=drafters,
-        default_drafter=MODEL_DRAFTER if draft_name else "",
+        drafters=_drafters(load, surroundings, default_drafter),
+        default_drafter=default_drafter,
         tokenizer=tokenizer,
         grammars=_grammars(tokenizer, target.spec),
         draft_model=draft_name,
@@ -173,73 +179,126 @@ def _with_pool(
     return Runner(network, pool), manager
 
 
-def _token_drafters(load: LoadConfig) -> Items[str]:
+def _drafters(load: LoadConfig, surroundings: Surroundings, model: str) -> list[Drafter]:
+    """Those that were asked for, or all that can be built here; parts before who composes them."""
+    made: dict[str, Drafter] = {}
+    for name in _asked_drafters(load, model):
+        try:
+            drafter = _make_drafter(name, replace(surroundings, drafters=dict(made)))
+        except ConfigError:
+            is_meant = load.datastore is not None and _reads_datastore(name)
+            if load.drafters is not None or name == model or is_meant:
+                raise
+            continue  # nobody named it, and it cannot be had here
+        made[name] = drafter
+    if load.datastore is not None and not any(_reads_datastore(name) for name in made):
+        raise ConfigError(
+            f"datastore={load.datastore!r}: none of drafters={load.drafters!r} reads it; add "
+            "'rest', or drop it"
+        )
+    return list(made.values())
+
+
+def _reads_datastore(name: str) -> bool:
+    return "datastore" in DRAFTERS.load(name).needs
+
+
+def _asked_drafters(load: LoadConfig, model: str) -> list[str]:
     if load.drafters is None:
-        return list(_unasked_drafters())
-    if MODEL_DRAFTER in load.drafters:
-        raise ConfigError("drafters: 'draft_model' comes with draft_model=..., do not list it")
-    return load.drafters
+        names = list(_unasked_drafters())
+    elif model_drafters := {MODEL_DRAFTER, TRANSLATOR} & set(load.drafters):
+        raise ConfigError(
+            f"drafters: {min(model_drafters)!r} comes with draft_model=..., do not list it"
+        )
+    else:
+        names = list(load.drafters)
+    if model:
+        names.append(model)
+    return sorted(dict.fromkeys(names), key=_composes)
+
+
+def _composes(name: str) -> bool:
+    return "drafters" in DRAFTERS.load(name).needs
 
 
 def _unasked_drafters() -> Iterator[str]:
-    """All that need nothing but tokens; a broken plug-in is skipped, for nobody named it."""
+    """All built in, and plug-ins that need nothing but tokens; who is broken is skipped."""
     try:
         for part in DRAFTERS:
-            if _needs_only_tokens(part.name):
+            if part.name in (MODEL_DRAFTER, TRANSLATOR):
+                continue
+            if _can_be_had(part.name, is_stranger=part.source != "outrider"):
                 yield part.name
     except ConfigError as error:  # two plug-ins of one name: neither can be meant
         logger.warning("plug-ins skipped: %s", error)
 
 
-def _needs_only_tokens(name: str) -> bool:
+def _can_be_had(name: str, is_stranger: bool) -> bool:
     try:
-        return bool(DRAFTERS.load(name).warmth is Warmth.R0)
+        drafter = DRAFTERS.load(name)
     except ConfigError as error:
         logger.warning("plug-in skipped: %s", error)
         return False
+    if is_stranger:
+        return drafter.warmth is Warmth.R0 and not drafter.needs
+    return set(drafter.needs) <= set(NEEDS)
 
 
-def _make_drafter(name: str) -> Drafter:
-    drafter: Drafter = DRAFTERS.load(name)()
-    return drafter
+def _make_drafter(name: str, surroundings: Surroundings) -> Drafter:
+    found = DRAFTERS.load(name)
+    made: Drafter = found.build(surroundings) if hasattr(found, "build") else found()
+    return made
 
 
-def _model_drafter(
-    load: LoadConfig,
-    name: str,
-    target: ModelSpec,
-    tokenizer: Tokenizer | None,
-    config: EngineConfig,
-) -> ModelDrafter:
+def _with_draft(
+    load: LoadConfig, name: str, surroundings: Surroundings, config: EngineConfig
+) -> Surroundings:
+    """With the draft model, its pool and its tokenizer."""
+    target, tokenizer = surroundings.target.runner.network.spec, surroundings.target.tokenizer
     asked = load.draft_quantization
     network = _load(load, name, load.quantization if asked is None else asked)
-    _check_pair(load, name, target, network.spec, tokenizer)
-    affordable = replace(config, max_model_len=None).model_len(network.spec)
-    max_model_len = min(config.model_len(target), affordable)
-    runner, manager = _with_pool(network, config, max_model_len)
-    return ModelDrafter(runner, manager, target.vocab_size)
-
-
-def _check_pair(
-    load: LoadConfig, name: str, target: ModelSpec, draft: ModelSpec, tokenizer: Tokenizer | None
-) -> None:
-    """PairError unless token ids mean the same in both models."""
-    if tokenizer is None:
-        if draft.vocab_size != target.vocab_size:
-            raise PairError(
-                f"draft model {name!r} has {draft.vocab_size} tokens, {target.name!r} has "
-                f"{target.vocab_size}: use a draft model of the same vocabulary"
-            )
-        return
-    try:
-        reason = same_vocabulary(tokenizer, _tokenizer(name, load))
-    except TokenizerError:
-        reason = None if draft.vocab_size == target.vocab_size else "their sizes differ"
-    if reason:
+    draft_tokenizer = _draft_tokenizer(load, name) if tokenizer is not None else None
+    reason = _difference(target, tokenizer, network.spec, draft_tokenizer)
+    if reason and draft_tokenizer is None:
         raise PairError(
-            f"draft model {name!r} does not share the vocabulary of {target.name!r}: {reason}; "
-            "use a draft model of the same family"
+            f"draft model {name!r} does not share the vocabulary of {target.name!r} ({reason}), "
+            "and without the tokenizers of both nothing can be translated: use a draft model of "
+            "the same family"
         )
+    if reason:
+        logger.warning(
+            "draft model %r has another vocabulary than %r (%s): its drafts are translated",
+            name,
+            target.name,
+            reason,
+        )
+    affordable = replace(config, max_model_len=None).model_len(network.spec)
+    max_model_len = affordable if reason else min(config.model_len(target), affordable)
+    runner, manager = _with_pool(network, config, max_model_len)
+    return replace(
+        surroundings,
+        draft=ModelParts(runner=runner, manager=manager, tokenizer=draft_tokenizer),
+        shares_vocabulary=not reason,
+    )
+
+
+def _draft_tokenizer(load: LoadConfig, name: str) -> Tokenizer | None:
+    """None where the draft model's folder has none: then it has the target's, or none that fits."""
+    try:
+        return _tokenizer(name, load)
+    except TokenizerError:
+        return None
+
+
+def _difference(
+    target: ModelSpec, tokenizer: Tokenizer | None, draft: ModelSpec, other: Tokenizer | None
+) -> str | None:
+    """Why token ids do not mean the same in both models; None if they do."""
+    if tokenizer is not None and other is not None:
+        return same_vocabulary(tokenizer, other)
+    if draft.vocab_size != target.vocab_size:
+        return f"it has {draft.vocab_size} tokens instead of {target.vocab_size}"
+    return None
 
 
 def _grammars(tokenizer: Tokenizer | None, spec: ModelSpec) -> GrammarCompiler | None:

@@ -137,6 +137,12 @@ class Engine:
             raise RequestError(
                 f"prompt token id {wrong}: {self.spec.name} knows ids 0 to {vocab_size - 1}"
             )
+        ids = request.speculation.prediction_token_ids or ()
+        wrong = next((t for t in ids if not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"prediction token id {wrong}: {self.spec.name} knows ids 0 to {vocab_size - 1}"
+            )
         if len(prompt) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens; at most {self.max_model_len - 1} leave room "

@@ -22,14 +22,16 @@ class LLM:
 
     Args:
         model: a hub id, a folder, or "demo" (the shipped pair).
-        draft_model: a smaller model of the same vocabulary; requests then speculate with it
-            unless they say otherwise. "demo" brings its own; "off" declines it.
+        draft_model: a smaller model; requests then speculate with it unless they say otherwise.
+            Drafts of one with another vocabulary are translated. "demo" brings its own; "off"
+            declines it.
         speculation: default for requests that bring no `SpeculationParams`: "off", a method's
             name, or its keys.
         quantization: "int8", "int8-dynamic", "int8-weight-only" or "int4": quantise the weights
             of both models, or of the draft model as `draft_quantization` says.
         dtype, device, revision, network, kernels, swap_linear, batch_invariant,
-            trust_remote_code, load_tokenizer, drafters: see `outrider.engine.build.LoadConfig`.
+            trust_remote_code, load_tokenizer, drafters, datastore: see
+            `outrider.engine.build.LoadConfig`.
         options: fields of `outrider.engine.config.EngineConfig` (max_num_seqs, block_size ...).
 
     Raises:
@@ -55,6 +57,7 @@ class LLM:
         load_tokenizer: bool = True,
         quantization: str | None = None,
         draft_quantization: str | None = None,
+        datastore: str | None = None,
         **options: Any,
     ) -> None:
         load = LoadConfig(
@@ -72,6 +75,7 @@ class LLM:
             load_tokenizer=load_tokenizer,
             quantization=quantization,
             draft_quantization=draft_quantization,
+            datastore=None if datastore is None else str(datastore),
         )
         self.speculation = speculation_params({} if speculation is None else speculation)
         self.engine, self.tokenizer = build(load, options)

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence as Items
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from outrider.errors import RequestError
@@ -49,13 +50,24 @@ def make_request(
         id=request_id,
         prompt_token_ids=encode(prompt, tokenizer),
         sampling=sampling,
-        speculation=speculation,
+        speculation=_with_prediction(speculation, tokenizer),
         stream=stream,
         seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
         priority=priority,
         tenant=tenant,
         bad_words_ids=_bad_words(sampling, tokenizer),
     )
+
+
+def _with_prediction(
+    speculation: SpeculationParams, tokenizer: Tokenizer | None
+) -> SpeculationParams:
+    """The expected text as token ids, as they would continue a prompt."""
+    text = speculation.prediction
+    if text is None:
+        return speculation
+    ids = tuple(_needed(tokenizer, "prediction").encode(text, add_special_tokens=False))
+    return replace(speculation, prediction=None, prediction_token_ids=ids)
 
 
 def _bad_words(

@@ -1,17 +1,28 @@
 """What a request asks of speculation, checked against this engine, with every default filled in."""
 
+from collections.abc import Mapping, Sequence as Items
 from dataclasses import fields
+from typing import Any
 
-from outrider.draft.base import Drafter
+from outrider.draft.base import Checks, Composes, Drafter
 from outrider.draft.drafters import Drafters
 from outrider.errors import ConfigError, PairError, RequestError, unknown
 from outrider.registry import DRAFTERS
-from outrider.request import OFF, SamplingParams, Speculation, SpeculationParams
-from outrider.verify.base import Verifier
-from outrider.verify.verifiers import verifier
+from outrider.request import (
+    MAX_NODES,
+    OFF,
+    Option,
+    SamplingParams,
+    Speculation,
+    SpeculationParams,
+)
+from outrider.step import Kind
+from outrider.verify.base import Exactness, Verifier
+from outrider.verify.verifiers import Settings, verifier
 
 DEFAULT_VERIFIER = "sampled"
 LOOKUP_MIN, LOOKUP_MAX = 2, 4
+MODEL_METHODS = ("draft_model", "translate")
 
 
 def resolve(
@@ -31,39 +42,44 @@ def resolve(
         RequestError: something named is not here. PairError: drafter and rule would be wrong
             together.
     """
-    rule = _rule(params, sampling)
+    rule, rule_options = _rule(params, sampling)
     name = params.method if params.method is not None else default
     if name in ("", OFF):
         _refuse_unused(params, name)
-        return Speculation(verifier=rule.name)
+        return Speculation(verifier=rule.name, verifier_options=rule_options)
     drafter = _drafter(name, drafters)
+    options = _options("drafter_options", name, drafter.options, params.drafter_options)
+    parts = drafter.parts(options) if isinstance(drafter, Composes) else ()
+    members = [drafters[part] for part in parts] or [drafter]
     _check_model(params, name, draft_model)
-    _check_lookup(params, name)
-    method = _sample_method(params, drafter, rule)
-    _check_kind(method, name, rule)
-    if params.width > drafter.max_width:
-        raise RequestError(
-            f"width={params.width}: {name} draws at most {drafter.max_width} branches; "
-            f"use width={drafter.max_width}"
-        )
-    if params.width > 1 and not rule.accepts.branches:
-        raise PairError(
-            f"width={params.width}: the verifier {rule.name!r} takes chains only; "
-            "use width=1 or verifier='sampled'"
-        )
+    _check_lookup(params, name, [member.name for member in members])
+    prediction = _prediction(params, members)
+    width = _width(params, drafter)
+    method = _sample_method(params, name, members, rule, width)
+    _check_kinds(members, method, width, rule)
     if params.is_off:
-        return Speculation(verifier=rule.name)
+        return Speculation(verifier=rule.name, verifier_options=rule_options)
     low, high = _lookup(params)
     k = params.num_draft_tokens
-    return Speculation(
+    k = drafter.default_draft_tokens if k is None else k
+    found = Speculation(
         drafter=name,
-        num_draft_tokens=drafter.default_draft_tokens if k is None else k,
-        width=params.width,
+        parts=parts,
+        num_draft_tokens=k,
+        width=width,
+        num_nodes=params.num_nodes or drafter.default_num_nodes or min(k * width, MAX_NODES),
         verifier=rule.name,
+        verifier_options=rule_options,
+        options=options,
+        prediction=prediction,
         draft_sample_method=method,
         prompt_lookup_min=low,
         prompt_lookup_max=high,
     )
+    for member in dict.fromkeys((drafter, *members)):
+        if isinstance(member, Checks):
+            member.check(found)
+    return found
 
 
 def _refuse_unused(params: SpeculationParams, name: str) -> None:
@@ -71,33 +87,84 @@ def _refuse_unused(params: SpeculationParams, name: str) -> None:
     usual = SpeculationParams()
     for field in fields(params):
         value = getattr(params, field.name)
-        is_usual = value == getattr(usual, field.name) or field.name in ("method", "verifier")
+        is_rule = field.name in ("method", "verifier", "verifier_options")
+        is_usual = value == getattr(usual, field.name) or is_rule
         if is_usual or (field.name == "num_draft_tokens" and value == 0):
             continue
         remedy = "drop it" if name == OFF else "name a method, or load draft_model=..."
         raise RequestError(f"{field.name}={value!r}: nothing is drafted here; {remedy}")
 
 
-def _rule(params: SpeculationParams, sampling: SamplingParams) -> Verifier:
+def _rule(params: SpeculationParams, sampling: SamplingParams) -> tuple[Verifier, Settings]:
+    name = params.verifier or DEFAULT_VERIFIER
     try:
-        rule = verifier(params.verifier or DEFAULT_VERIFIER)
+        usual = verifier(name)
     except ConfigError as error:
         raise RequestError(str(error)) from None
-    if rule.greedy_only and not sampling.is_greedy:
+    if usual.greedy_only and not sampling.is_greedy:
         raise PairError(
-            f"verifier={rule.name!r} serves temperature 0 only, not {sampling.temperature}; "
+            f"verifier={name!r} serves temperature 0 only, not {sampling.temperature}; "
             f"use verifier={DEFAULT_VERIFIER!r}"
         )
-    return rule
+    if usual.exactness is Exactness.SYNTHETIC and sampling.is_constrained:
+        raise PairError(
+            f"verifier={name!r} accepts whatever is drafted and would break the grammar: drop one "
+            "of the two"
+        )
+    options = _options("verifier_options", name, usual.options, params.verifier_options)
+    given = tuple(sorted(options.items())) if params.verifier_options else ()
+    return verifier(name, given), given
+
+
+def _options(
+    key: str, name: str, known: Mapping[str, Option], given: Mapping[str, Any]
+) -> dict[str, bool | int | float | str]:
+    """All options of a drafter or a rule, those that the request gives and the defaults."""
+    found = {option: about.default for option, about in known.items()}
+    for option, value in given.items():
+        if option not in known:
+            if not known:
+                raise RequestError(f"{key}={dict(given)!r}: {name} has no options; drop it")
+            raise RequestError(unknown(f"{key} key of {name}", str(option), list(known)))
+        known[option].check(f"{key}[{option!r}]", value)
+        found[option] = type(known[option].default)(value)
+    return found
+
+
+def _width(params: SpeculationParams, drafter: Drafter) -> int:
+    if params.width is None:
+        return drafter.default_width
+    low, high = drafter.min_width, drafter.max_width
+    if not low <= params.width <= high:
+        bound = f"at most {high}" if params.width > high else f"at least {low}"
+        raise RequestError(
+            f"width={params.width}: {drafter.name} draws {bound} branches; "
+            f"use width={high if params.width > high else low}"
+        )
+    return params.width
+
+
+def _prediction(params: SpeculationParams, members: Items[Drafter]) -> tuple[int, ...]:
+    wants = any("prediction" in member.needs for member in members)
+    if params.prediction is not None:
+        raise RequestError("prediction: needs a tokenizer; give prediction_token_ids")
+    ids = params.prediction_token_ids
+    if wants and ids is None:
+        raise RequestError(
+            "method='prediction': give the expected text as prediction=... (or its token ids as "
+            "prediction_token_ids=...)"
+        )
+    if ids is not None and not wants:
+        names = ", ".join(member.name for member in members)
+        raise RequestError(f"prediction_token_ids: {names} reads no prediction; drop it")
+    return ids or ()
 
 
 def _drafter(name: str, drafters: Drafters) -> Drafter:
     if name in drafters:
         return drafters[name]
-    if name == "draft_model":
-        raise RequestError(
-            "method='draft_model': no draft model is loaded; give the engine draft_model=..."
-        )
+    if name in MODEL_METHODS:
+        raise RequestError(_missing_model(name, drafters))
     if name in DRAFTERS.names():
         raise RequestError(
             f"method={name!r}: not set up in this engine; name it in LLM(drafters=...)"
@@ -105,10 +172,18 @@ def _drafter(name: str, drafters: Drafters) -> Drafter:
     raise RequestError(unknown("method", name, [OFF, *DRAFTERS.names()]))
 
 
+def _missing_model(name: str, drafters: Drafters) -> str:
+    other = next((other for other in MODEL_METHODS if other in drafters), None)
+    if other is None:
+        return f"method={name!r}: no draft model is loaded; give the engine draft_model=..."
+    kind = "another" if other == "translate" else "the target's own"
+    return f"method={name!r}: the draft model here has {kind} vocabulary; use method={other!r}"
+
+
 def _check_model(params: SpeculationParams, name: str, draft_model: str) -> None:
     if params.model is None:
         return
-    if name != "draft_model":
+    if name not in MODEL_METHODS:
         raise RequestError(f"model={params.model!r}: method {name!r} has no draft model; drop it")
     if params.model != draft_model:
         raise RequestError(
@@ -117,10 +192,10 @@ def _check_model(params: SpeculationParams, name: str, draft_model: str) -> None
         )
 
 
-def _check_lookup(params: SpeculationParams, name: str) -> None:
+def _check_lookup(params: SpeculationParams, name: str, members: Items[str]) -> None:
     for key in ("prompt_lookup_min", "prompt_lookup_max"):
         value = getattr(params, key)
-        if value is not None and name != "ngram":
+        if value is not None and "ngram" not in members:
             raise RequestError(f"{key}={value}: method {name!r} does not look up n-grams; drop it")
 
 
@@ -134,26 +209,16 @@ def _lookup(params: SpeculationParams) -> tuple[int, int]:
     return low, high
 
 
-def _check_kind(method: str, name: str, rule: Verifier) -> None:
-    """A rule is lossless only for the kinds of proposal it declares."""
-    if method == "probabilistic" and not rule.accepts.drawn:
-        kind = "tokens drawn from a law"
-    elif method != "probabilistic" and not rule.accepts.point_mass:
-        kind = "tokens picked without a law"
-    else:
-        return
-    raise PairError(
-        f"verifier={rule.name!r}: does not take {kind}, as {name} drafts them; "
-        f"use verifier={DEFAULT_VERIFIER!r}"
-    )
-
-
-def _sample_method(params: SpeculationParams, drafter: Drafter, rule: Verifier) -> str:
+def _sample_method(
+    params: SpeculationParams, name: str, members: Items[Drafter], rule: Verifier, width: int
+) -> str:
     """How drafts are drawn; only a rule keyed by position may see drafts made with its noise."""
     asked = params.draft_sample_method
-    if asked not in (None, "greedy") and not drafter.draws:
+    known = {method for member in members for method in member.sample_methods}
+    if asked is not None and asked not in known:
         raise RequestError(
-            f"draft_sample_method={asked!r}: {drafter.name} picks deterministically; drop it"
+            f"draft_sample_method={asked!r}: {name} drafts {' or '.join(sorted(known))} only; "
+            "drop it"
         )
     if asked == "coupled" and rule.keyed_by != "position":
         raise PairError(
@@ -161,6 +226,33 @@ def _sample_method(params: SpeculationParams, drafter: Drafter, rule: Verifier) 
         )
     if asked is not None:
         return asked
-    if not drafter.draws:
-        return "greedy"
-    return "coupled" if rule.keyed_by == "position" else "probabilistic"
+    if rule.keyed_by == "position":
+        return "coupled" if "coupled" in known else "greedy"
+    for method in ("probabilistic", "independent"):
+        if method in known and all(_kind(m, method, width) in rule.accepts for m in members):
+            return method
+    return "greedy"
+
+
+def _check_kinds(members: Items[Drafter], method: str, width: int, rule: Verifier) -> None:
+    """A rule keeps its promise only for the kinds of proposal it declares."""
+    for member in members:
+        kind = _kind(member, method, width)
+        if kind in rule.accepts or (method == "coupled" and rule.keyed_by == "position"):
+            continue
+        known = ", ".join(sorted(k.value for k in rule.accepts))
+        chain = "width=1 or " if width > 1 and _kind(member, method, 1) in rule.accepts else ""
+        raise PairError(
+            f"verifier={rule.name!r} takes {known}; {member.name} with width={width} and "
+            f"draft_sample_method={method!r} drafts a {kind.value}: use {chain}"
+            f"verifier={DEFAULT_VERIFIER!r}"
+        )
+
+
+def _kind(member: Drafter, method: str, width: int) -> Kind:
+    width = max(min(width, member.max_width), member.min_width)
+    if method not in member.sample_methods or method == "greedy":
+        return Kind.PICKED_CHAIN if width == 1 else Kind.PICKED_TREE
+    if width == 1:
+        return Kind.DRAWN_CHAIN
+    return Kind.DRAWN_CHAINS if method == "independent" else Kind.DRAWN_TREE

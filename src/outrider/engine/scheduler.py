@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from outrider.cache.table import BlockManager
-from outrider.control.controller import usable
+from outrider.control.controller import most_nodes, usable
 from outrider.engine.config import EngineConfig
 from outrider.sequence import Sequence, Status
 from outrider.step import Batch, Row
@@ -124,7 +124,7 @@ class Scheduler:
             depth = usable(row.seq, self.config.max_model_len)
             if depth > spec.num_draft_tokens:
                 depth = spec.num_draft_tokens
-            nodes = depth * spec.width
+            nodes = most_nodes(spec, depth)
             if nodes > budget:
                 nodes = budget
             capacity = len(table.blocks) * self.config.block_size

@@ -3,6 +3,7 @@
 Shape legend: N rows of the step, R of them roots, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -22,6 +23,14 @@ class Laws(Protocol):
 
     def log_law(self, node: int) -> Tensor:
         """Log-probabilities [V], float64; -inf where a token is forbidden."""
+        ...
+
+    def own_law(self, node: int) -> Tensor:
+        """The model's own probabilities [V], float64: no setting applied, not even temperature."""
+        ...
+
+    def allows(self, node: int, token: int) -> bool:
+        """Whether the token can come, at temperature 0 as if the temperature were not 0."""
         ...
 
     def argmax(self, node: int) -> int:
@@ -72,6 +81,14 @@ class TargetLaws:
     def log_law(self, node: int) -> Tensor:
         return self._row(node).log_softmax(dim=0)
 
+    def own_law(self, node: int) -> Tensor:
+        return self._logits_NV[self.first + 1 + node].double().softmax(dim=0)
+
+    def allows(self, node: int, token: int) -> bool:
+        if self.shaper.is_greedy:
+            return float(self.shaper.weigh(*self._raw(node))[token]) > -math.inf
+        return float(self.law(node)[token]) > 0.0
+
     def argmax(self, node: int) -> int:
         if self.shaper.is_plain_greedy:
             token = self._argmax_N[self.first + 1 + node]
@@ -91,11 +108,14 @@ class TargetLaws:
     def _row(self, node: int) -> Tensor:
         """The shaped logits of a node."""
         if node not in self._rows:
-            path = self._path_tokens(node) if node >= 0 else ()
-            mask_V = self._grammar.mask(path) if self._grammar else None
-            logits_V = self._logits_NV[self.first + 1 + node]
-            self._rows[node] = self.shaper.shape(logits_V, self._tokens, path, mask_V)
+            self._rows[node] = self.shaper.shape(*self._raw(node))
         return self._rows[node]
+
+    def _raw(self, node: int) -> tuple[Tensor, Sequence[int], tuple[int, ...], Tensor | None]:
+        """Logits of a node as the model gave them, and what shapes them."""
+        path = self._path_tokens(node) if node >= 0 else ()
+        mask_V = self._grammar.mask(path) if self._grammar else None
+        return self._logits_NV[self.first + 1 + node], self._tokens, path, mask_V
 
 
 def shape_roots(logits_NV: Tensor, laws: Sequence[TargetLaws]) -> None:

@@ -119,18 +119,29 @@ class Shaper:
             rows_1V, (peak,) = scale_together(logits_V.unsqueeze(0), [self])
             self._check_peak(peak)
             return rows_1V[0]
-        row_V = logits_V.double()
-        if mask_V is not None:
-            row_V = row_V.masked_fill(~mask_V.to(row_V.device), transforms.NEVER)
-        row_V = transforms.add_bias(row_V, sampling.logit_bias)
-        row_V = transforms.forbid(row_V, self._forbidden(tokens, path))
-        row_V = self._penalize(row_V, tokens, path)
-        self._check_peak(float(row_V.max()))
+        row_V = self.weigh(logits_V, tokens, path, mask_V)
         row_V = transforms.scale(row_V, sampling.temperature)
         if not sampling.is_greedy:
             row_V = transforms.keep_min_p(row_V, sampling.min_p)
             row_V = transforms.keep_top_k(row_V, sampling.top_k)
             row_V = transforms.keep_top_p(row_V, sampling.top_p)
+        return row_V
+
+    def weigh(
+        self,
+        logits_V: Tensor,
+        tokens: Sequence[int],
+        path: Sequence[int] = (),
+        mask_V: Tensor | None = None,
+    ) -> Tensor:
+        """As `shape`, before temperature and filters: -inf where a setting forbids a token."""
+        row_V = logits_V.double()
+        if mask_V is not None:
+            row_V = row_V.masked_fill(~mask_V.to(row_V.device), transforms.NEVER)
+        row_V = transforms.add_bias(row_V, self.sampling.logit_bias)
+        row_V = transforms.forbid(row_V, self._forbidden(tokens, path))
+        row_V = self._penalize(row_V, tokens, path)
+        self._check_peak(float(row_V.max()))
         return row_V
 
     def _forbidden(self, tokens: Sequence[int], path: Sequence[int]) -> list[int]:

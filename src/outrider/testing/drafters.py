@@ -1,9 +1,10 @@
 """Drafters that follow a script: junk, trees, or exactly what they are told."""
 
 import random
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable, Mapping, Sequence as Items
 
 from outrider.draft.base import Snapshot, Warmth
+from outrider.request import Option
 from outrider.sequence import Sequence
 from outrider.step import Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
@@ -21,8 +22,11 @@ class ScriptedDrafter:
     needs: tuple[str, ...] = ()
     warmth = Warmth.R0
     default_draft_tokens = 4
+    default_width = min_width = 1
     max_width = 16
-    draws = False
+    default_num_nodes: int | None = None
+    sample_methods: tuple[str, ...] = ("greedy",)
+    options: Mapping[str, Option] = {}
 
     def __init__(self, propose: Propose, name: str = "scripted") -> None:
         self.name = name

@@ -104,6 +104,12 @@ class ToyLaws:
     def log_law(self, node: int) -> Tensor:
         return self.law(node).log()
 
+    def own_law(self, node: int) -> Tensor:
+        return self.law(node)
+
+    def allows(self, node: int, token: int) -> bool:
+        return float(self.law(node)[token]) > 0.0
+
     def argmax(self, node: int) -> int:
         return int(self.law(node).argmax())
 
@@ -127,6 +133,68 @@ def draw_tree(q: Model, widths: Sequence[int]) -> Draft:
     def draft(context: Context, stream: Stream) -> DraftTree:
         return _grow(
             context, widths, lambda path, width: [stream.pick(q(path)) for _ in range(width)], q
+        )
+
+    return draft
+
+
+def draw_chains(q: Model, num_chains: int, length: int) -> Draft:
+    """Drafts chains drawn independently from q (kind S2); equal prefixes share nodes."""
+
+    def draft(context: Context, stream: Stream) -> DraftTree:
+        nodes: dict[Context, int] = {}
+        parents: list[int] = []
+        laws: list[Tensor | None] = []
+        paths: list[tuple[int, ...]] = []
+        for _ in range(num_chains):
+            chain: Context = ()
+            for _ in range(length):
+                q_V = q(context + chain)
+                below = (*chain, stream.pick(q_V))
+                if below not in nodes:
+                    parents.append(nodes.get(chain, -1))
+                    laws.append(q_V)
+                    nodes[below] = len(nodes)
+                chain = below
+            paths.append(tuple(nodes[chain[: i + 1]] for i in range(length)))
+        return DraftTree(
+            tokens=tuple(path[-1] for path in nodes),
+            parents=tuple(parents),
+            laws=tuple(laws),
+            paths=tuple(paths),
+            source="toy",
+        )
+
+    return draft
+
+
+def draw_siblings(q: Model, widths: Sequence[int], num_picked: int = 0) -> Draft:
+    """Drafts `widths[d]` siblings without replacement below every node of depth d (kind S3).
+
+    Args:
+        num_picked: how many of them, the first, are not drawn but the likeliest (a mixed tree).
+    """
+
+    def draft(context: Context, stream: Stream) -> DraftTree:
+        tokens: list[int] = []
+        parents: list[int] = []
+        laws: list[Tensor | None] = []
+        level: list[tuple[int, Context]] = [(-1, context)]
+        for width in widths:
+            below: list[tuple[int, Context]] = []
+            for parent, path in level:
+                left_V = q(path).clone()
+                for i in range(min(width, int((left_V > 0).sum()))):
+                    law_V = left_V / left_V.sum()
+                    token = int(law_V.argmax()) if i < num_picked else stream.pick(law_V)
+                    left_V[token] = 0.0
+                    below.append((len(tokens), (*path, token)))
+                    tokens.append(token)
+                    parents.append(parent)
+                    laws.append(None if i < num_picked else law_V)
+            level = below
+        return DraftTree(
+            tokens=tuple(tokens), parents=tuple(parents), laws=tuple(laws), source="toy"
         )
 
     return draft

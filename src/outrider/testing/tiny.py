@@ -7,7 +7,7 @@ import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
-from outrider.draft.base import Drafter
+from outrider.draft.base import Drafter, ModelParts, Surroundings
 from outrider.draft.draft_model import ModelDrafter
 from outrider.draft.ngram import NgramDrafter
 from outrider.engine.config import EngineConfig
@@ -18,6 +18,7 @@ from outrider.models.runner import Runner
 from outrider.models.weights import tensor_shapes
 from outrider.ops.choose import choose
 from outrider.quant.schemes import find_scheme
+from outrider.registry import DRAFTERS
 from outrider.request import Request
 from outrider.stream.events import Committed, Event
 
@@ -43,6 +44,9 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
     eos_token_id = EOS
     special_ids = frozenset(range(4))
+
+    def fingerprint(self) -> str:
+        return "bytes"
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [byte for byte in text.encode() if byte > 3]
@@ -94,18 +98,21 @@ def tiny_engine(
     *,
     num_blocks: int = 256,
     block_size: int = 4,
-    drafters: Items[Drafter] | None = None,
+    drafters: Items[Drafter | str] | None = None,
     draft_seed: int | None = 0,
     draft_noise: float = 0.0,
     target: Decoder | None = None,
     kernels: str = "auto",
+    datastore: str | None = None,
     options: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> Engine:
     """An engine over tiny models that proves its KV after every step.
 
     Args:
-        drafters: further drafters beside `ngram` and `draft_model`.
+        drafters: further drafters beside `ngram` and `draft_model`; a name is built as an engine
+            does, after those before it.
+        datastore: folder for drafters that retrieve from one.
         draft_seed: seed of the draft model; 0 is the target itself, None loads none.
         draft_noise: added to the draft model's weights; 0.01 on the target's own is accepted
             about half of the time.
@@ -116,14 +123,25 @@ def tiny_engine(
     config = EngineConfig(
         **{"block_size": block_size, "check_integrity": True, "max_num_seqs": 16, **(options or {})}
     )
-    mine: list[Drafter] = [NgramDrafter(), *(drafters or ())]
+    given = list(drafters or ())
+    mine: list[Drafter] = [NgramDrafter(), *(d for d in given if not isinstance(d, str))]
+    draft = None
     if draft_seed is not None:
-        draft = tiny_decoder(draft_seed, noise=draft_noise, kernels=kernels)
-        runner, manager = _pooled(draft, num_blocks, config)
-        mine.append(ModelDrafter(runner, manager, VOCAB_SIZE))
-    runner, manager = _pooled(target, num_blocks, config)
+        network = tiny_decoder(draft_seed, noise=draft_noise, kernels=kernels)
+        draft = _pooled(network, num_blocks, config)
+        mine.append(ModelDrafter(draft.runner, draft.manager, VOCAB_SIZE))
+    parts = _pooled(target, num_blocks, config)
+    for name in (d for d in given if isinstance(d, str)):
+        around = Surroundings(
+            target=parts,
+            draft=draft,
+            datastore=datastore,
+            drafters={drafter.name: drafter for drafter in mine},
+        )
+        found = DRAFTERS.load(name)
+        mine.append(found.build(around) if hasattr(found, "build") else found())
     engine.setdefault("tokenizer", ByteTokenizer())
-    return Engine(runner, manager, config, drafters=mine, **engine)
+    return Engine(parts.runner, parts.manager, config, drafters=mine, **engine)
 
 
 def run(engine: Engine, requests: Items[Request]) -> dict[tuple[str, int], list[int]]:
@@ -150,11 +168,11 @@ def _note(told: dict[tuple[str, int], list[Committed]], event: Event) -> None:
         told.setdefault((event.request_id, event.index), []).append(event)
 
 
-def _pooled(network: Decoder, num_blocks: int, config: EngineConfig) -> tuple[Runner, BlockManager]:
+def _pooled(network: Decoder, num_blocks: int, config: EngineConfig) -> ModelParts:
     spec = network.spec
     pool = KVPool(spec.kv_shapes, num_blocks, config.block_size, spec.dtype, spec.device)
     manager = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
-    return Runner(network, pool), manager
+    return ModelParts(runner=Runner(network, pool), manager=manager, tokenizer=ByteTokenizer())
 
 
 def _random(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> torch.Tensor:

@@ -4,14 +4,16 @@ Shape legend: V vocabulary.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
 
+from outrider.request import Option
 from outrider.sampling.laws import Laws
 from outrider.sampling.rng import Stream
 from outrider.step import DraftTree, Verdict
-from outrider.verify.base import Accepts, Exactness
+from outrider.verify.base import CHAINS, Exactness
 
 
 class RejectionVerifier:
@@ -24,8 +26,9 @@ class RejectionVerifier:
     name = "rejection"
     exactness = Exactness.EXACT
     keyed_by: Literal["position", "root"] = "root"
-    accepts = Accepts(branches=False, point_mass=True, drawn=True)
+    accepts = CHAINS
     greedy_only = False
+    options: Mapping[str, Option] = {}
 
     def verify(self, tree: DraftTree, p: Laws, rng: Stream) -> Verdict:
         assert tree.is_chain, "rejection verifies chains; the engine refuses other trees"

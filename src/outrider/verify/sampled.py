@@ -1,12 +1,13 @@
 """SampledVerifier: one target sample per visited node; drafts stand while they guess it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
+from outrider.request import Option
 from outrider.sampling.laws import Laws
 from outrider.sampling.rng import Stream
 from outrider.step import DraftTree, Verdict
-from outrider.verify.base import Accepts, Exactness
+from outrider.verify.base import ALL_KINDS, Exactness
 
 
 class SampledVerifier:
@@ -21,8 +22,9 @@ class SampledVerifier:
     name = "sampled"
     exactness = Exactness.EXACT
     keyed_by: Literal["position", "root"] = "position"
-    accepts = Accepts(branches=True, point_mass=True, drawn=True)
+    accepts = ALL_KINDS
     greedy_only = False
+    options: Mapping[str, Option] = {}
 
     def verify(self, tree: DraftTree, p: Laws, rng: Stream) -> Verdict:
         return walk(tree, lambda node: p.draw(node, rng))

@@ -1,6 +1,7 @@
 """Verifiers: hands each row's tree, laws and random stream to the rule its request chose."""
 
 from functools import cache
+from typing import TypeAlias
 
 from outrider.errors import RequestError
 from outrider.registry import VERIFIERS
@@ -11,17 +12,19 @@ from outrider.step import Batch, DraftTree, TargetOutput, Verdict
 from outrider.verify.base import Exactness, Verifier
 from outrider.verify.sampled import walk
 
+Settings: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]
+
 
 @cache
-def verifier(name: str) -> Verifier:
+def verifier(name: str, options: Settings = ()) -> Verifier:
     """The rule of that name; rules keep no state. ConfigError for an unknown name."""
-    made: Verifier = VERIFIERS.load(name)()
+    made: Verifier = VERIFIERS.load(name)(**dict(options))
     return made
 
 
 @cache
 def is_lossy(name: str) -> bool:
-    return verifier(name).exactness is Exactness.LOSSY
+    return verifier(name).exactness in (Exactness.LOSSY, Exactness.SYNTHETIC)
 
 
 class Verifiers:
@@ -68,7 +71,7 @@ def _laws(seq: Sequence, tree: DraftTree, output: TargetOutput, first: int) -> T
 
 
 def _verdict(seq: Sequence, tree: DraftTree, p: TargetLaws) -> Verdict:
-    rule = verifier(seq.speculation.verifier)
+    rule = verifier(seq.speculation.verifier, seq.speculation.verifier_options)
     try:
         return rule.verify(tree, p, _stream(seq, rule))
     except RequestError as error:
