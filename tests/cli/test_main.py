@@ -16,7 +16,9 @@ def test_version(call):
     assert call("--version").stdout == f"outrider {outrider.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "chat", "plugins", "train"])
+@pytest.mark.parametrize(
+    "command", ["demo", "generate", "chat", "plugins", "train", "bench", "index"]
+)
 def test_every_command_has_help(call, command):
     assert command in call("--help").stdout
     assert "Usage: " in call(command, "--help").stdout

@@ -18,7 +18,7 @@ def test_json_has_exactly_these_keys(call):
         assert part["warmth"] in ("R0", "R1", "R2")
     for part in found["verifiers"]:
         assert set(part) == {"name", "exactness", "source"}
-        assert part["exactness"] in ("exact", "exact-greedy", "lossy")
+        assert part["exactness"] in ("exact", "exact-greedy", "lossy", "synthetic")
     assert [part["name"] for part in found["drafters"]] == DRAFTERS.names()
     assert [part["name"] for part in found["verifiers"]] == VERIFIERS.names()
     assert {"name": "ngram", "needs": [], "warmth": "R0", "source": "outrider"} in found["drafters"]

@@ -12,9 +12,10 @@ from outrider.cache.table import BlockManager
 from outrider.draft.draft_model import MAX_CATCH_UP_TOKENS, ModelDrafter, fit
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
+from outrider.errors import RequestError
 from outrider.models.runner import Piece, Runner
 from outrider.request import Request, SamplingParams, SpeculationParams
-from outrider.step import EMPTY_TREE
+from outrider.step import EMPTY_TREE, Commit
 from outrider.testing import (
     ScriptedDrafter,
     events,
@@ -533,3 +534,130 @@ def test_mixed_with_others_in_one_batch_each_keeps_its_own_drafts():
     lengths = {key[0]: es[-1].metrics.acceptance_length for key, es in told.items()}
     assert lengths["a"] == lengths["c"] == 5.0
     assert lengths["b"] < 1.5
+
+
+def drafted_with(inner, sampling, method, *, draft_noise=0.0):
+    """Tokens, drafts and passes with or without n-grams that guess for the draft model."""
+    engine = tiny_engine(draft_seed=0, draft_noise=draft_noise)
+    made = trees_of(engine)
+    spec = SpeculationParams(
+        method="draft_model",
+        num_draft_tokens=6,
+        draft_sample_method=method,
+        drafter_options={"inner": inner},
+    )
+    asked = [request(f"r{i}", spec, sampling, seed=i, length=7 + 5 * i) for i in range(3)]
+    seen = run(engine, asked)
+    assert drafter_of(engine).manager.num_used == 0
+    return seen, [(tree.tokens, tree.laws) for tree in made], drafter_of(engine).num_forwards
+
+
+ALL_BUT_THREE = {t: float("-inf") for t in range(256) if not 40 <= t < 43}
+INNER_KINDS = {
+    "greedy": SamplingParams(max_tokens=60, ignore_eos=True),
+    "few words": SamplingParams(max_tokens=60, logit_bias=ALL_BUT_THREE, ignore_eos=True),
+    "sharp": SamplingParams(max_tokens=60, temperature=0.2, ignore_eos=True),
+    "penalized": SamplingParams(max_tokens=40, frequency_penalty=0.1, ignore_eos=True),
+    "shaped": SHAPED,
+}
+
+
+@pytest.mark.parametrize("kind", INNER_KINDS)
+@pytest.mark.parametrize("method", ["greedy", "coupled", "probabilistic", "independent"])
+@pytest.mark.parametrize("draft_noise", [0.0, 0.02])
+def test_guesses_for_the_draft_model_change_no_draft(draft_noise, method, kind):
+    sampling = INNER_KINDS[kind]
+    tokens, drafts, num_passes = drafted_with("", sampling, method, draft_noise=draft_noise)
+    same, again, num_fewer = drafted_with("ngram", sampling, method, draft_noise=draft_noise)
+    assert same == tokens
+    assert len(again) == len(drafts) > 5
+    for (path, laws), (other, others) in zip(drafts, again, strict=True):
+        assert path == other
+        assert all(torch.equal(a, b) for a, b in zip(laws, others, strict=True) if a is not None)
+    assert num_fewer <= num_passes
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_guesses_save_passes_where_the_text_repeats_itself(temperature, seed):
+    """A model of four tokens says the same again and again."""
+    sampling = SamplingParams(max_tokens=60, temperature=temperature, ignore_eos=True)
+    found = []
+    for inner in ("", "ngram"):
+        engine = pair(tiny_decoder(9, vocab_size=4), tiny_decoder(9, vocab_size=4))
+        spec = SpeculationParams(
+            method="draft_model", num_draft_tokens=6, drafter_options={"inner": inner}
+        )
+        asked = Request(
+            id="r", prompt_token_ids=(1, 0, 2), sampling=sampling, speculation=spec, seed=seed
+        )
+        found.append((run(engine, [asked]), drafter_of(engine).num_forwards))
+    (tokens, num_passes), (same, num_fewer) = found
+    assert same == tokens
+    assert num_passes == 51
+    assert num_fewer < 0.8 * num_passes
+
+
+@pytest.mark.parametrize("draft_noise", [0.0, 0.02])
+def test_guesses_leave_the_draft_kv_right(draft_noise):
+    engine = tiny_engine(draft_seed=0, draft_noise=draft_noise)
+    spec = SpeculationParams(
+        method="draft_model", num_draft_tokens=6, drafter_options={"inner": "ngram"}
+    )
+    counts = []
+    asked = [request(f"r{i}", spec, INNER_KINDS["few words"], seed=i) for i in range(3)]
+    step_through(engine, asked, lambda e: counts.append(assert_kv_follows_the_log(e)))
+    assert sum(counts) > 300
+
+
+def test_guesses_beyond_the_draft_models_vocabulary_are_not_run():
+    target = tiny_decoder()
+    prompt = (40, 250, 41, 40, 250, 41, 40, 250, 41, 40)
+    spec = SpeculationParams(
+        method="draft_model", num_draft_tokens=4, drafter_options={"inner": "ngram"}
+    )
+    seen = [
+        run(pair(target, tiny_decoder(1, vocab_size=100)), [
+            Request(id="r", prompt_token_ids=prompt, sampling=GREEDY, speculation=s)
+        ])
+        for s in (spec, OFF)
+    ]  # fmt: skip
+    assert seen[0] == seen[1]
+
+
+def test_guesses_serve_chains_only():
+    spec = SpeculationParams(method="draft_model", width=3, drafter_options={"inner": "ngram"})
+    with pytest.raises(RequestError, match="serves chains, not width=3"):
+        tiny_engine(draft_seed=0).add(request(speculation=spec))
+
+
+def test_a_draft_that_nobody_verified_is_forgotten():
+    """Drafting twice for one log gives the same draft."""
+    engine = tiny_engine(draft_seed=2)
+    engine.add(request(length=8))
+    engine.step()
+    plan = engine.controller.plan(engine.scheduler.schedule())
+    (row,) = engine.scheduler.schedule().rows
+    first = drafter_of(engine).draft([row], plan)
+    assert drafter_of(engine).draft([row], plan) == first
+    drafter_of(engine).observe([Commit(seq=row.seq)], None)
+    assert_kv_follows_the_log(engine)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_kv_of_what_another_drafter_guessed_is_not_taken_for_ones_own(width):
+    """Compared token by token: the drafts of both may begin alike."""
+    engine = tiny_engine(draft_seed=2)
+    spec = SpeculationParams(method="draft_model", num_draft_tokens=4, width=width)
+    engine.add(request(speculation=spec))
+    engine.step()
+    plan = engine.controller.plan(engine.scheduler.schedule())
+    (row,) = engine.scheduler.schedule().rows
+    (tree,) = drafter_of(engine).draft([row], plan)
+    own = tree.tokens[tree.children(-1)[-1]]
+    seq, num_before = row.seq, len(row.seq.tokens)
+    seq.tokens += [own, (own + 1) % 256, 7]
+    drafter_of(engine).observe([Commit(seq=seq, tokens=tuple(seq.tokens[num_before:]))], None)
+    assert seq.drafter_state["draft_model"].num_cached == num_before + 1
+    seq.num_cached = 0  # the target's KV is not the point
+    assert assert_kv_follows_the_log(engine) == num_before + 1

@@ -133,15 +133,15 @@ def test_a_missing_or_broken_tokenizer(copy):
     one_line(lambda: LLM(copy), TokenizerError, "no tokenizer in", copy, "tokenizer.json")
 
 
-def test_the_tokenizer_of_another_model(target, tmp_path):
+def test_the_method_of_another_vocabulary(target, tmp_path):
     other = write_checkpoint(tmp_path, text="zyx wvu tsr qpo zyx wvu tsr qpo " * 3)
+    llm = LLM(target, draft_model=other)
     one_line(
-        lambda: LLM(target, draft_model=other),
-        PairError,
-        f"draft model {str(other)!r} does not share the vocabulary of {str(target)!r}",
-        "use a draft model of the same family",
+        lambda: llm.generate("def main(", GOOD, "draft_model"),
+        RequestError,
+        "the draft model here has another vocabulary",
+        "use method='translate'",
     )
-    one_line(lambda: LLM("demo", draft_model=target), PairError, "does not share the vocabulary")
 
 
 def test_vocabularies_of_another_size(target, tmp_path):
@@ -151,7 +151,7 @@ def test_vocabularies_of_another_size(target, tmp_path):
         PairError,
         VOCAB + 7,
         VOCAB,
-        "use a draft model of the same vocabulary",
+        "use a draft model of the same family",
     )
 
 
@@ -217,8 +217,8 @@ SPECULATIONS = [
         RequestError,
         ["draft_sample_method='coupled'", "ngram"],
     ),
-    ({"width": 2}, RequestError, ["width=2", "draft_model"]),
-    ({"width": 17}, RequestError, ["width=17", "[1, 16]"]),
+    ({"width": 17}, RequestError, ["width=17", "draft_model"]),
+    ({"width": 65}, RequestError, ["width=65", "[1, 64]"]),
     (
         {"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 2},
         RequestError,

@@ -27,6 +27,7 @@ def chat(
     kernels: options.Kernels = "auto",
     quantization: options.Quantization = None,
     draft_quantization: options.DraftQuantization = None,
+    datastore: options.Datastore = None,
     max_model_len: options.MaxModelLen = None,
     kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
 ) -> None:
@@ -43,6 +44,7 @@ def chat(
         kernels,
         quantization,
         draft_quantization,
+        datastore,
         max_model_len=max_model_len,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
     )

@@ -55,6 +55,7 @@ def generate(
     kernels: options.Kernels = "auto",
     quantization: options.Quantization = None,
     draft_quantization: options.DraftQuantization = None,
+    datastore: options.Datastore = None,
     max_model_len: options.MaxModelLen = None,
     kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -86,6 +87,7 @@ def generate(
         kernels,
         quantization,
         draft_quantization,
+        datastore,
         max_model_len=max_model_len,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
     )

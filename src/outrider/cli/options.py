@@ -51,6 +51,10 @@ Quantization: TypeAlias = Annotated[
 DraftQuantization: TypeAlias = Annotated[
     str | None, typer.Option(help="The same for the draft model; as the target if unset.")
 ]
+Datastore: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help='Folder written by `outrider index build`, for method "rest".'),
+]
 MaxModelLen: TypeAlias = Annotated[
     int | None, typer.Option(help="Longest prompt and answer, in tokens; the model's own if unset.")
 ]
@@ -112,6 +116,7 @@ def load(
     kernels: str,
     quantization: str | None,
     draft_quantization: str | None,
+    datastore: str | None = None,
     **engine: int | None,
 ) -> LLM:
     """The engine; a draft model named inside --speculation is loaded too, as vLLM's key does.
@@ -131,6 +136,7 @@ def load(
         kernels=kernels,
         quantization=quantization,
         draft_quantization=draft_quantization,
+        datastore=datastore,
         **given,
     )
 

@@ -1,118 +1,136 @@
-"""A small model of the same vocabulary drafts autoregressively, all sequences side by side.
+"""A small model of the same vocabulary drafts chains and trees, all sequences side by side.
 
 Leviathan et al. 2022, Chen et al. 2023; algorithms.md 4.1. It keeps KV of its own in a pool of its
 own; what a rejection leaves behind there is overwritten, never freed.
 
-Shape legend: V vocabulary of the target.
+Shape legend: N rows of a pass, R of them whose laws are asked for, V vocabulary of the target.
 """
 
-from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence as Items
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from outrider.cache.table import BlockManager, BlockTable
-from outrider.draft.base import Snapshot, Warmth
-from outrider.errors import RequestError
+from outrider.cache.table import BlockManager
+from outrider.draft.base import Snapshot, Surroundings, Warmth
+from outrider.draft.course import Course, LineCourse, MaskCourse, TreeCourse
+from outrider.draft.draft_kv import DraftKV, DraftState
+from outrider.draft.growth import Growth, Line, plant
+from outrider.draft.recall import Recall
+from outrider.errors import ConfigError, RequestError
 from outrider.models.runner import Piece, Runner
-from outrider.sampling.rng import PositionStream, RootStream, Stream
-from outrider.sampling.shaper import laws_together
+from outrider.request import Option, Speculation
+from outrider.sampling.shaper import Shaper, laws_together
 from outrider.sequence import Sequence
-from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, TargetOutput
+from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
 MAX_CATCH_UP_TOKENS = 2048
 
 
-@dataclass(eq=False)
-class DraftState:
-    """KV of one sequence in the draft model's pool.
-
-    Attributes:
-        num_cached: leading tokens of the log whose draft KV is right; while drafting, those of
-            the draft too.
-    """
-
-    table: BlockTable
-    num_cached: int
-
-
-@dataclass(eq=False, slots=True)
-class Course:
-    """One row while it is being drafted.
-
-    Attributes:
-        stream: what tokens are drawn from; None picks the argmax.
-        laws: of the drafted tokens where they are recorded, else empty.
-    """
-
-    seq: Sequence
-    state: DraftState
-    depth: int
-    stream: Stream | None
-    tokens: list[int]
-    laws: list[Tensor | None]
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.tokens) == self.depth
-
-    def add(self, q_V: Tensor) -> None:
-        """One more token, by its law."""
-        if self.stream is None:
-            self.tokens.append(int(q_V.argmax()))
-            return
-        self.tokens.append(self.stream.pick(q_V))
-        if self.seq.speculation.draft_sample_method == "probabilistic":
-            self.laws.append(q_V)
-
-
 class ModelDrafter:
-    """Chains of K tokens from a draft model.
+    """Chains of K tokens, or trees, from a draft model.
 
     The request's own transforms (temperature, penalties, grammar ...) shape the draft law too.
-    Methods: "greedy" picks the argmax; "probabilistic" draws from q with noise of its own and
-    records q; "coupled" draws from q with the noise that the target will use, so that equal laws
-    always agree (algorithms.md 3.3).
+    At temperature 0 every method picks; above it, by method:
+
+    | method | chain | tree (width > 1) |
+    |---|---|---|
+    | greedy | argmax of each law | the likeliest nodes (`BestFirst`) |
+    | coupled | drawn with the noise that the target will use | likewise, by q and that noise |
+    | probabilistic | drawn, q recorded | `width` siblings and chains below (`Siblings`) |
+    | independent | as probabilistic | `width` chains, each drawn as if alone (`Chains`) |
+
+    Coupled drafts agree with the target always where the laws are equal (algorithms.md 3.3). A tree
+    costs as many passes as it is deep, and each of them runs the tree so far.
+
+    A draft model that was trained to draft in parallel (PARD; algorithms.md 4.6) gives all depths
+    in one pass; trees grow from the same rows.
+
+    The option `inner` lets n-grams of the text guess the draft model's own tokens, so that one pass
+    yields several; the drafts are the same. It is for chains that take a pass per token.
 
     Args:
         runner: the draft model; `manager` hands out the blocks of its pool.
         vocab_size: of the target. Where the two (padded) vocabularies differ in size, the draft's
             logits are cut or padded with -inf, and it reads ids beyond its own as its last one.
+        mask_token_id: what stands for tokens not known yet; None takes what the draft model's own
+            configuration says, and without that it drafts token by token.
+
+    Attributes:
+        num_forwards: passes of the draft model since the start.
     """
 
     name = "draft_model"
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("draft model",)
     warmth = Warmth.R1
     default_draft_tokens = 4
-    max_width = 1
-    draws = True
+    default_width = min_width = 1
+    max_width = 16
+    default_num_nodes: int | None = None
+    sample_methods: tuple[str, ...] = ("greedy", "probabilistic", "independent", "coupled")
+    options: Mapping[str, Option] = {
+        "inner": Option(
+            "", "who guesses the draft model's own tokens, for chains", choices=("", "ngram")
+        )
+    }
 
-    def __init__(self, runner: Runner, manager: BlockManager, vocab_size: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        manager: BlockManager,
+        vocab_size: int,
+        mask_token_id: int | None = None,
+    ) -> None:
         self.runner = runner
         self.manager = manager
         self.vocab_size = vocab_size
+        self._kv = DraftKV(runner.pool, manager)
+        own = runner.network.spec.mask_token_id
+        self.mask_token_id = own if mask_token_id is None else mask_token_id
+        if self.mask_token_id is not None:
+            self.options = {}  # one pass is all it takes
         self.num_forwards = 0
+
+    @classmethod
+    def build(cls, surroundings: Surroundings) -> "ModelDrafter":
+        """ConfigError without a draft model of the target's vocabulary."""
+        draft = surroundings.draft
+        if draft is None or not surroundings.shares_vocabulary:
+            raise ConfigError(
+                "drafter 'draft_model' needs a draft model of the target's vocabulary: give "
+                "draft_model=..."
+            )
+        vocab_size = surroundings.target.runner.network.spec.vocab_size
+        return cls(draft.runner, draft.manager, vocab_size)
+
+    def check(self, spec: Speculation) -> None:
+        inner = spec.options.get("inner", "")
+        if inner and spec.width > 1:
+            raise RequestError(
+                f"drafter_options['inner']={inner!r}: serves chains, not width={spec.width}; "
+                "drop one of them"
+            )
 
     def open(self, seq: Sequence) -> None:
         """Costs nothing: blocks are taken when the first draft is asked for."""
 
     def draft(self, rows: Items[Row], plan: Plan) -> list[DraftTree]:
         planned = zip(rows, plan, strict=True)
-        courses = [self._start(row.seq, min(part.depth, part.num_nodes)) for row, part in planned]
+        courses = [self._start(row.seq, part) for row, part in planned]
         active = [course for course in courses if course is not None]
         self._run_first(active)
         active = [course for course in active if not course.is_done]
         while active:
-            self._run_next(active)
+            self._run(active, [course.next_piece() for course in active])
             active = [course for course in active if not course.is_done]
-        return [self._tree(course) for course in courses]
+        return [self._finish(course) for course in courses]
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
         for commit in commits:
             state = commit.seq.drafter_state.get(self.name)
             if isinstance(state, DraftState):
-                self._settle(state, commit)
+                self._kv.settle(state, commit)
 
     def close(self, seq: Sequence) -> None:
         state = seq.drafter_state.pop(self.name, None)
@@ -123,41 +141,62 @@ class ModelDrafter:
         state = seq.drafter_state.get(self.name)
         if not isinstance(state, DraftState) or state.num_cached == 0:
             return None
-        slots = torch.tensor(state.table.slots(0, state.num_cached))
-        layers = [(kv.keys[slots].cpu(), kv.values[slots].cpu()) for kv in self.runner.pool.layers]
+        layers = self._kv.save(state)
         return Snapshot(drafter=self.name, num_tokens=state.num_cached, state=layers)
 
     def restore(self, seq: Sequence, snapshot: Snapshot) -> int:
         """Starts with no more than a cached prefix where the pool has no room for the snapshot."""
         self.close(seq)
-        num_tokens = min(snapshot.num_tokens, len(seq.tokens) - 1)
         state = self._open_state(seq)
-        if state.num_cached >= num_tokens:
-            return state.num_cached
-        if not self.manager.reserve(state.table, num_tokens):
-            return state.num_cached
-        slots = torch.tensor(state.table.slots(state.num_cached, num_tokens))
-        for kv, (keys, values) in zip(self.runner.pool.layers, snapshot.state, strict=True):
-            kv.keys[slots] = keys[state.num_cached : num_tokens].to(kv.keys)
-            kv.values[slots] = values[state.num_cached : num_tokens].to(kv.values)
-        state.num_cached = num_tokens
-        return num_tokens
+        self._kv.load(state, snapshot.state, min(snapshot.num_tokens, len(seq.tokens) - 1))
+        return state.num_cached
 
     def _open_state(self, seq: Sequence) -> DraftState:
-        table, num_cached = self.manager.open(seq.tokens, seq.request.tenant)
-        state = DraftState(table, num_cached)
-        seq.drafter_state[self.name] = state
+        state = seq.drafter_state[self.name] = self._kv.open(seq)
         return state
 
-    def _start(self, seq: Sequence, depth: int) -> Course | None:
+    def _start(self, seq: Sequence, plan: RowPlan) -> Course | None:
         """None where the draft model has no room: then the row is decoded plainly."""
-        end = len(seq.tokens) + depth - 1
-        if depth < 1 or end > self.runner.network.spec.max_positions:
+        num_tokens, depth = len(seq.tokens), min(plan.depth, plan.num_nodes)
+        if depth < 1 or num_tokens + depth - 1 > self.runner.network.spec.max_positions:
             return None
         state = seq.drafter_state.get(self.name) or self._open_state(seq)
-        if not self.manager.reserve(state.table, end):
+        is_tree = plan.width > 1 and self.mask_token_id is None
+        if not self._kv.reserve(state, num_tokens, plan.num_nodes if is_tree else depth - 1):
             return None
-        return Course(seq, state, depth, _stream(seq), [], [])
+        return self._course(seq, state, plant(seq, plan), depth)
+
+    def _course(self, seq: Sequence, state: DraftState, growth: Growth, depth: int) -> Course:
+        num_ids, is_line = self.runner.network.spec.vocab_size, isinstance(growth, Line)
+        shaper = seq.shaper
+        if shaper.is_greedy and not is_line:
+            shaper = state.ranker = state.ranker or self._ranker(seq)
+        if self.mask_token_id is not None:
+            mask, size = self.mask_token_id, self.vocab_size
+            return MaskCourse(seq, state, growth, shaper, mask=mask, depth=depth, vocab_size=size)
+        if not isinstance(growth, Line):
+            return TreeCourse(seq, state, growth, shaper, root=min(seq.tokens[-1], num_ids - 1))
+        recall = None
+        if seq.speculation.options.get("inner"):
+            recall = state.recall = state.recall or _recall(seq)
+        return LineCourse(
+            seq, state, growth, vocab_size=self.vocab_size, num_ids=num_ids, recall=recall
+        )
+
+    def _ranker(self, seq: Sequence) -> Shaper:
+        """Shapes what a greedy tree ranks by: probabilities, where the law itself has one token.
+
+        Only minimum length asks for the end tokens, and the draft model's own are as good.
+        """
+        sampling = replace(seq.request.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        ends = self.runner.network.spec.eos_token_ids
+        return Shaper(
+            sampling,
+            vocab_size=self.vocab_size,
+            eos_token_ids=[token for token in ends if token < self.vocab_size],
+            bad_words_ids=seq.request.bad_words_ids,
+            num_prompt=seq.num_prompt,
+        )
 
     def _run_first(self, courses: list[Course]) -> None:
         """Catches up with the token log; the last pass gives the first drafted token."""
@@ -171,7 +210,7 @@ class ModelDrafter:
                 if budget < 1:
                     break
             self._run(behind[: len(pieces)], pieces)
-            behind = [course for course in behind if not course.tokens and not course.is_done]
+            behind = [c for c in behind if c.state.num_cached < len(c.seq.tokens)]
 
     def _catch_up(self, course: Course, budget: int) -> Piece:
         seq, state = course.seq, course.state
@@ -179,89 +218,73 @@ class ModelDrafter:
         log = seq.tokens[state.num_cached : state.num_cached + budget]
         chain = [min(token, last_id) for token in log]
         reaches_end = state.num_cached + len(chain) == len(seq.tokens)
-        return Piece(state.table, state.num_cached, chain, EMPTY_TREE, reaches_end)
-
-    def _run_next(self, courses: list[Course]) -> None:
-        """One more token each; the KV of drafted tokens counts as cached until commit."""
-        pieces = [
-            Piece(course.state.table, course.state.num_cached, course.tokens[-1:], EMPTY_TREE, True)
-            for course in courses
-        ]
-        self._run(courses, pieces)
+        nodes = course.first_nodes() if reaches_end else EMPTY_TREE
+        return Piece(state.table, state.num_cached, chain, nodes, reaches_end)
 
     def _run(self, courses: list[Course], pieces: list[Piece]) -> None:
+        """One pass; every course that it gives logits grows by them."""
         output = self.runner.run(pieces)
         self.num_forwards += 1
-        shaped: list[tuple[Course, int]] = []
-        for course, piece, row in zip(courses, pieces, output.first, strict=True):
-            course.state.num_cached += len(piece.chain)
-            if row >= 0 and not self._follow_argmax(course, output.argmax_N[row]):
-                shaped.append((course, row))
-        if shaped:
-            self._draw(shaped, output.logits_NV)
+        asking: list[tuple[Course, int]] = []
+        for course, piece, first in zip(courses, pieces, output.first, strict=True):
+            course.state.num_cached = piece.num_cached + len(piece.chain)
+            if first >= 0 and not course.follow_argmax(output.argmax_N, first):
+                asking.append((course, first))
+        while asking:
+            asking = self._grow(asking, output.logits_NV)
 
-    def _follow_argmax(self, course: Course, token: int) -> bool:
-        """The next drafted token where the argmax of the logits is all that is asked for."""
-        is_asked = course.stream is None and course.seq.shaper.is_plain_greedy
-        if not is_asked or not 0 <= token < self.vocab_size:
-            return False
-        course.tokens.append(token)
-        return True
-
-    def _draw(self, shaped: list[tuple[Course, int]], logits_NV: Tensor) -> None:
-        """The next drafted token of courses that need a law, each from its row of logits."""
-        laws = self._laws_together(shaped, logits_NV)
-        for course, row in shaped:
-            q_V = laws.get(row)
-            if q_V is None:
-                q_V = self._law(course, logits_NV[row])
-            if q_V is None:
-                course.depth = len(course.tokens)  # nothing to propose; the target's law decides
-            else:
-                course.add(q_V)
+    def _grow(
+        self, asking: list[tuple[Course, int]], logits_NV: Tensor
+    ) -> list[tuple[Course, int]]:
+        """Hands courses the laws they ask for; returns those that this pass can tell more."""
+        asked = [course.asks() for course, _ in asking]
+        asks = [
+            (course, first + row, path)
+            for (course, first), rows in zip(asking, asked, strict=True)
+            for row, path in rows
+        ]
+        made = self._laws_together(asks, logits_NV)
+        laws = iter(
+            made[row] if row in made else self._law(course, logits_NV[row], path)
+            for course, row, path in asks
+        )
+        return [
+            (course, first)
+            for (course, first), rows in zip(asking, asked, strict=True)
+            if course.take([next(laws) for _ in rows])
+        ]
 
     def _laws_together(
-        self, shaped: list[tuple[Course, int]], logits_NV: Tensor
+        self, asks: list[tuple[Course, int, Items[int]]], logits_NV: Tensor
     ) -> dict[int, Tensor | None]:
         """By row, the laws that a temperature alone shapes, made in one go."""
-        drawn = [(c, row) for c, row in shaped if c.stream and c.seq.shaper.is_only_scaled]
-        if not drawn:
+        shapers = {row: c.shaper for c, row, _ in asks if c.shaper.is_only_scaled}
+        if not shapers:
             return {}
-        rows = [row for _, row in drawn]
-        logits_RV = fit(logits_NV[rows], self.vocab_size)
-        laws = laws_together(logits_RV, [course.seq.shaper for course, _ in drawn])
-        return dict(zip(rows, laws, strict=True))
+        logits_RV = fit(logits_NV[list(shapers)], self.vocab_size)
+        return dict(zip(shapers, laws_together(logits_RV, list(shapers.values())), strict=True))
 
-    def _law(self, course: Course, logits_V: Tensor) -> Tensor | None:
+    def _law(self, course: Course, logits_V: Tensor, path: Items[int]) -> Tensor | None:
         """None where the settings leave no token, or the logits are no numbers."""
         seq = course.seq
         logits_V = fit(logits_V, self.vocab_size)
         try:
-            mask_V = seq.grammar.mask(course.tokens) if seq.grammar is not None else None
-            shaped_V: Tensor = seq.shaper.shape(logits_V, seq.tokens, course.tokens, mask_V)
+            mask_V = seq.grammar.mask(path) if seq.grammar is not None else None
+            shaped_V = course.shaper.shape(logits_V, seq.tokens, path, mask_V)
         except RequestError:
             return None
         return shaped_V.softmax(dim=0)
 
-    def _tree(self, course: Course | None) -> DraftTree:
+    def _finish(self, course: Course | None) -> DraftTree:
         if course is None:
             return EMPTY_TREE
-        return DraftTree.chain(course.tokens, self.name, course.laws)
-
-    def _settle(self, state: DraftState, commit: Commit) -> None:
-        """Keeps draft KV of the accepted drafts; only the bonus token stands behind them."""
-        tokens = commit.seq.tokens
-        state.num_cached = min(state.num_cached, len(tokens) - 1)
-        self.manager.commit(state.table, tokens, state.num_cached)
+        course.state.ran = course.ran()
+        tree = course.growth.tree(self.name)
+        return tree if tree.tokens else EMPTY_TREE
 
 
-def _stream(seq: Sequence) -> Stream | None:
-    """Where drafts are drawn from; None picks the argmax."""
-    if seq.shaper.is_greedy or seq.speculation.draft_sample_method == "greedy":
-        return None
-    if seq.speculation.draft_sample_method == "coupled":
-        return PositionStream(seq.seed, len(seq.tokens))
-    return RootStream(seq.seed, len(seq.tokens) - 1, "draft")
+def _recall(seq: Sequence) -> Recall:
+    return Recall(seq.speculation.prompt_lookup_min, seq.speculation.prompt_lookup_max)
 
 
 def fit(logits: Tensor, vocab_size: int) -> Tensor:

@@ -33,6 +33,8 @@ class ModelSpec:
         kv_shapes: one per layer that owns KV.
         dtype: of weights and KV.
         fingerprint: changes whenever weights or configuration do.
+        mask_token_id: token that stands for unknown ones in a draft model that was trained to
+            draft in parallel (PARD).
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelSpec:
     device: torch.device
     num_parameters: int
     fingerprint: str
+    mask_token_id: int | None = None
 
 
 class Network(Protocol):

@@ -29,6 +29,7 @@ class DecoderConfig:
         attention_scale: multiplies query-key products.
         is_tied: the LM head is the embedding matrix.
         is_fused: the files hold q, k, v (and gate, up) as one matrix.
+        mask_token_id: `pard_token` of a PARD draft model.
     """
 
     family: str
@@ -48,6 +49,7 @@ class DecoderConfig:
     has_qk_norm: bool = False
     is_tied: bool = False
     is_fused: bool = False
+    mask_token_id: int | None = None
 
     @property
     def max_positions(self) -> int:
@@ -149,7 +151,18 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
         "has_qk_norm": family.has_qk_norm,
         "is_tied": bool(values.get("tie_word_embeddings", family.is_tied)),
         "is_fused": family.is_fused,
+        "mask_token_id": _mask_token(values),
     }
+
+
+def _mask_token(values: Mapping[str, Any]) -> int | None:
+    token = values.get("pard_token")
+    if token is None:
+        return None
+    size = _count(values, "vocab_size")
+    if not isinstance(token, int) or not 0 <= token < size:
+        raise ModelError(f"pard_token={token!r} must be a token id below vocab_size={size}")
+    return token
 
 
 def _count(values: Mapping[str, Any], key: str) -> int:

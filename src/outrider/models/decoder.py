@@ -6,6 +6,8 @@ the feed-forward layer, X = H + 2 G heads of the fused projection.
 """
 
 from collections.abc import Callable, MutableMapping
+from copy import copy
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +83,14 @@ class Decoder:
             device=device,
             num_parameters=num_parameters(config),
             fingerprint=fingerprint,
+            mask_token_id=config.mask_token_id,
         )
 
     def forward(
         self, tokens_N: Tensor, layout: Layout, kv: list[LayerKV], wanted_R: Tensor
     ) -> Tensor:
         """Runs all rows, returns float32 logits_RV of the rows `wanted_R` indexes."""
+        assert len(kv) == len(self._layers)
         if self._fused is not None:
             return self._fused(tokens_N, layout, kv, wanted_R, *self._rope.tables(layout))
         return self.forward_by_layer(tokens_N, layout, kv, wanted_R)
@@ -100,6 +104,24 @@ class Decoder:
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             hidden_ND = layer(hidden_ND, turn, layout, layer_kv)
         return self._head(self._norm(hidden_ND.index_select(0, wanted_R))).float()
+
+    def truncated(self, num_layers: int) -> "Decoder":
+        """The first layers between the same embedding, last norm and head; all weights are shared.
+
+        A fused pass serves both: it runs as many layers as it is given KV of.
+        """
+        assert 1 <= num_layers <= len(self._layers)
+        first = copy(self)
+        first.config = replace(self.config, layers=self.config.layers[:num_layers])
+        first._layers = self._layers[:num_layers]
+        first.spec = replace(
+            self.spec,
+            name=f"{self.spec.name}[:{num_layers}]",
+            kv_shapes=self.spec.kv_shapes[:num_layers],
+            num_parameters=num_parameters(first.config),
+            fingerprint=f"{self.spec.fingerprint}[:{num_layers}]",
+        )
+        return first
 
     def _parts(self) -> DecoderParts:
         config = self.config

@@ -188,6 +188,8 @@ class DecoderPass(Protocol):
     ) -> Tensor:
         """float32 logits_RV of the rows `wanted_R` indexes; writes the rows' KV.
 
+        `kv` of the first layers alone runs those, then the last norm and the head.
+
         Args:
             cos_PW, sin_PW: rotation of every position, the sines' first half negated.
         """

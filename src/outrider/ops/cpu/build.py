@@ -1,7 +1,7 @@
-"""Compiles the kernels for this machine, once, and keeps the result.
+"""Compiles C++ for this machine, once, and keeps the result: the kernels, and small libraries.
 
-The library is plain C++ behind a C interface: no torch headers, no Python headers. It takes its
-threads from the OpenMP runtime that torch has loaded, so that there is one pool of them.
+A library is plain C++ behind a C interface: no torch headers, no Python headers. The kernels take
+their threads from the OpenMP runtime that torch has loaded, so that there is one pool of them.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 SOURCES = Path(__file__).parent / "cpp"
-MAIN = SOURCES / "outrider.cpp"
 BASE_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-w")
 COMPILERS = ("c++", "g++", "clang++")
 OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
@@ -30,28 +30,63 @@ TIMEOUT_S = 300
 logger = logging.getLogger(__name__)
 
 
+class Sources(NamedTuple):
+    """What a library is made of.
+
+    Attributes:
+        name: of the file that is kept.
+        folder: all of its sources; `main` is the one that is compiled.
+        title: what messages call it; `twin` is what serves where it cannot be had.
+        is_parallel: whether it gains from threads and the processor's own instructions.
+        seconds: what compiling takes, in words.
+    """
+
+    name: str
+    folder: Path
+    main: str
+    title: str
+    twin: str
+    is_parallel: bool = False
+    seconds: str = "a few seconds"
+
+
+def kernels() -> Sources:
+    return Sources(
+        "kernels",
+        SOURCES,
+        "outrider.cpp",
+        "the CPU kernels",
+        "torch's kernels serve",
+        is_parallel=True,
+        seconds="some ten seconds",
+    )
+
+
 @functools.cache
-def load() -> ctypes.CDLL | None:
-    """The kernels, compiled now if they never were; None, said once, where that is impossible."""
-    compiler = find_compiler()
-    for recipe in recipes(compiler):
+def load(sources: Sources | None = None) -> ctypes.CDLL | None:
+    """The kernels, or what else is asked for, compiled now if they never were.
+
+    None, said once, where that is impossible.
+    """
+    compiler, sources = find_compiler(), sources or kernels()
+    for recipe in recipes(compiler, sources):
         library = recipe.load()
         if library is not None:
             if recipe.weakness:
-                logger.warning("the CPU kernels run %s: slower", recipe.weakness)
+                logger.warning("%s run %s: slower", sources.title, recipe.weakness)
             return library
     if compiler is None:
         asked = os.environ.get("CXX", "").strip()
         names = f"CXX={asked!r}" if asked else ", ".join(COMPILERS)
-        logger.warning("no C++ compiler (%s): torch's kernels serve, slower", names)
+        logger.warning("no C++ compiler (%s): %s, slower", names, sources.twin)
     else:
-        logger.warning("%s cannot compile the CPU kernels: torch's kernels serve, slower", compiler)
+        logger.warning("%s cannot compile %s: %s, slower", compiler, sources.title, sources.twin)
     return None
 
 
 @functools.cache
-def _announce() -> None:
-    logger.warning("compiling the CPU kernels: once, some ten seconds")
+def _announce(title: str, seconds: str) -> None:
+    logger.warning("compiling %s: once, %s", title, seconds)
 
 
 class Recipe:
@@ -60,12 +95,20 @@ class Recipe:
     Without a compiler it only finds what another one has made.
     """
 
-    def __init__(self, compiler: str | None, flags: Sequence[str], openmp: Path | None) -> None:
+    def __init__(
+        self,
+        compiler: str | None,
+        flags: Sequence[str],
+        openmp: Path | None,
+        sources: Sources | None = None,
+    ) -> None:
         self.compiler = compiler
+        self.sources = sources or kernels()
         self.flags = (*BASE_FLAGS, *flags, *(("-fopenmp",) if openmp else ()))
         self.openmp = openmp
         lacks = [] if flags else ["without this processor's own instructions"]
-        self.weakness = " and ".join([*lacks, *([] if openmp else ["on one thread (no OpenMP)"])])
+        lacks += [] if openmp else ["on one thread (no OpenMP)"]
+        self.weakness = " and ".join(lacks) if self.sources.is_parallel else ""
 
     @property
     def key(self) -> str:
@@ -74,9 +117,10 @@ class Recipe:
         return f"{self._content()}-{maker}"
 
     def _content(self) -> str:
-        sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.is_file()]
+        files = sorted(path for path in self.sources.folder.iterdir() if path.is_file())
         openmp = self.openmp.name if self.openmp else ""
-        return _digest(*sources, *self.flags, openmp, processor())
+        texts = [path.read_text() for path in files]
+        return _digest(*texts, *self.flags, openmp, processor())
 
     def load(self) -> ctypes.CDLL | None:
         """From what was kept, else newly made; a file that does not load is made anew."""
@@ -86,17 +130,18 @@ class Recipe:
         if self.compiler is None:
             return None
         try:
-            path = cache_folder() / f"kernels-{self.key}.so"
-            _announce()
+            path = cache_folder() / f"{self.sources.name}-{self.key}.so"
+            _announce(self.sources.title, self.sources.seconds)
             self.build(path)
             return ctypes.CDLL(str(path))
         except (subprocess.SubprocessError, OSError) as error:
-            logger.info("kernels: %s: %s", " ".join(self.flags), _reason(error))
+            logger.info("%s: %s: %s", self.sources.name, " ".join(self.flags), _reason(error))
             return None
 
     def _kept(self) -> list[Path]:
-        name = self.key if self.compiler else f"{self._content()}-*"
-        return [path for folder in _folders() for path in sorted(folder.glob(f"kernels-{name}.so"))]
+        key = self.key if self.compiler else f"{self._content()}-*"
+        name = f"{self.sources.name}-{key}.so"
+        return [path for folder in _folders() for path in sorted(folder.glob(name))]
 
     def build(self, library: Path) -> None:
         """Compiles and links apart: linking with -fopenmp would bring in a second runtime."""
@@ -104,20 +149,25 @@ class Recipe:
         compiler = shlex.split(self.compiler)
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            objects, made = Path(folder, "kernels.o"), Path(folder, library.name)
-            _run([*compiler, *self.flags, "-c", str(MAIN), "-o", str(objects)])
+            objects, made = Path(folder, "objects.o"), Path(folder, library.name)
+            main = str(self.sources.folder / self.sources.main)
+            _run([*compiler, *self.flags, "-c", main, "-o", str(objects)])
             linked = [str(self.openmp), f"-Wl,-rpath,{self.openmp.parent}"] if self.openmp else []
             _run([*compiler, "-shared", str(objects), *linked, "-o", str(made)])
             ctypes.CDLL(str(made))  # a library that does not load is not kept
             os.replace(made, library)
 
 
-def recipes(compiler: str | None) -> Iterator[Recipe]:
+def recipes(compiler: str | None, sources: Sources | None = None) -> Iterator[Recipe]:
     """From the fastest to the one that compiles anywhere."""
+    sources = sources or kernels()
+    if not sources.is_parallel:
+        yield Recipe(compiler, (), None, sources)
+        return
     openmp = torch_openmp()
     for runtime in (openmp, None) if openmp else (None,):
         for flags in native_flags():
-            yield Recipe(compiler, flags, runtime)
+            yield Recipe(compiler, flags, runtime, sources)
 
 
 def native_flags() -> tuple[tuple[str, ...], ...]:

@@ -28,6 +28,8 @@ from outrider.ops.cpu.spans import SpanTable
 class FusedDecoder:
     """A `DecoderPass`; one pass at a time, for it works in memory of its own.
 
+    Given KV of the first layers only, it runs those, then the last norm and the head.
+
     That memory grows to the largest pass and stays: per row of it, and four bytes each, about
     three times the feed-forward width and six times the hidden width.
 
@@ -41,9 +43,7 @@ class FusedDecoder:
         self._kept: list[object] = []
         self._vocab_size = self._linear(parts.head).outputs
         self._model = self._describe(arena, parts)
-        self._address = ctypes.addressof(self._model)
-        self._pool: list[LayerKV] | None = None
-        self._pool_structs: ctypes.Array[KVStruct] | None = None
+        self._cuts: dict[int, Cut] = {}
 
     def __del__(self) -> None:
         self._library.decoder_free(self._scratch)
@@ -61,6 +61,7 @@ class FusedDecoder:
         assert isinstance(table, SpanTable)
         num_wanted = wanted_R.shape[0]
         logits_RV = torch.empty(num_wanted, self._vocab_size)
+        cut = self._cut(kv)
         call = CallStruct(
             tokens_N.data_ptr(),
             table.spans_address,
@@ -68,25 +69,23 @@ class FusedDecoder:
             wanted_R.data_ptr(),
             cos_PW.data_ptr(),
             sin_PW.data_ptr(),
-            self._pool_address(kv),
+            cut.kv_address,
             logits_RV.data_ptr(),
             len(layout.spans),
             num_wanted,
             torch.get_num_threads(),
         )
-        status = self._library.decoder(self._address, ctypes.addressof(call), self._scratch)
+        status = self._library.decoder(cut.model_address, ctypes.addressof(call), self._scratch)
         if status:
             raise IndexError(f"a token id is not in [0, {self.embedding_VD.shape[0]})")
         return logits_RV
 
-    def _pool_address(self, kv: list[LayerKV]) -> int:
-        """Where the addresses of this pool's tensors stand; the same pool comes every time."""
-        if kv is not self._pool or self._pool_structs is None:
-            assert len(kv) == self._model.num_layers
-            assert all(part.dtype == torch.float32 for layer in kv for part in layer)
-            structs = [KVStruct(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in kv]
-            self._pool, self._pool_structs = kv, (KVStruct * len(kv))(*structs)
-        return ctypes.addressof(self._pool_structs)
+    def _cut(self, kv: list[LayerKV]) -> "Cut":
+        """Through as many layers as there is KV of; the same pool comes every time."""
+        cut = self._cuts.get(len(kv))
+        if cut is None or cut.kv is not kv:
+            cut = self._cuts[len(kv)] = Cut(self._model, kv)
+        return cut
 
     def _describe(self, arena: Arena, parts: DecoderParts) -> DecoderStruct:
         head = self._linear(parts.head)
@@ -147,6 +146,26 @@ class FusedDecoder:
         vector_D = vector_D.float().contiguous()
         self._kept.append(vector_D)
         return vector_D.data_ptr()
+
+
+class Cut:
+    """The first layers of a model, all perhaps, with their keys and values in one pool.
+
+    Attributes:
+        model_address: of the model's struct, cut to those layers.
+        kv_address: where the addresses of the pool's tensors stand.
+    """
+
+    def __init__(self, model: DecoderStruct, kv: list[LayerKV]) -> None:
+        assert 1 <= len(kv) <= model.num_layers
+        assert all(part.dtype == torch.float32 for layer in kv for part in layer)
+        self.kv = kv
+        self._model = DecoderStruct.from_buffer_copy(model)
+        self._model.num_layers = len(kv)
+        structs = [KVStruct(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in kv]
+        self._pool = (KVStruct * len(kv))(*structs)
+        self.model_address = ctypes.addressof(self._model)
+        self.kv_address = ctypes.addressof(self._pool)
 
 
 def is_fusable(parts: DecoderParts) -> bool:

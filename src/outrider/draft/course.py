@@ -1,0 +1,218 @@
+"""One row while it is drafted: which passes of the draft model feed the growth of its draft."""
+
+from collections.abc import Sequence as Items
+
+from torch import Tensor
+
+from outrider.draft.draft_kv import DraftState
+from outrider.draft.growth import Growth, Line
+from outrider.draft.recall import Recall
+from outrider.models.runner import Piece
+from outrider.sampling.shaper import Shaper
+from outrider.sequence import Sequence
+from outrider.step import EMPTY_TREE, DraftTree
+
+
+class Course:
+    """The draft of one row in the making; a kind of course says what each pass runs.
+
+    Args:
+        shaper: makes the laws that the growth is fed with.
+    """
+
+    def __init__(self, seq: Sequence, state: DraftState, growth: Growth, shaper: Shaper) -> None:
+        self.seq = seq
+        self.state = state
+        self.growth = growth
+        self.shaper = shaper
+
+    @property
+    def is_done(self) -> bool:
+        return not self.growth.wanted()
+
+    def first_nodes(self) -> DraftTree:
+        """Nodes to run in the pass that reaches the end of the log."""
+        return EMPTY_TREE
+
+    def next_piece(self) -> Piece:
+        """Its part of a pass after that one."""
+        raise AssertionError("one pass was enough")
+
+    def follow_argmax(self, argmax_N: Items[int], first: int) -> bool:
+        """Grows by argmax tokens where no law is needed; whether this pass has no more to say.
+
+        Args:
+            argmax_N: of the rows of the pass; this course's begin at `first`.
+        """
+        return False
+
+    def asks(self) -> list[tuple[int, Items[int]]]:
+        """The laws it needs: a row of its own part of the pass, and the path that leads there."""
+        raise NotImplementedError
+
+    def take(self, laws: Items[Tensor | None]) -> bool:
+        """Grows by the laws it asked for; whether the same pass has answers to its next asks."""
+        self.growth.take(laws)
+        return False
+
+    def ran(self) -> DraftTree:
+        """The drafted nodes that the pool now holds behind the log."""
+        return EMPTY_TREE
+
+
+class LineCourse(Course):
+    """A chain: each pass runs the newest token alone; its KV counts as cached until commit.
+
+    Args:
+        vocab_size: of the target. num_ids: of the draft model.
+        recall: guesses the tokens that come next; a pass that runs guesses too gives as many
+            tokens as it has right ones, and one more (vertical cascade, Chen et al. 2023,
+            "Cascade speculative drafting"; algorithms.md 4.15). The draft is the same token for
+            token, drawn ones included, for each is still made from its own law.
+    """
+
+    def __init__(
+        self,
+        seq: Sequence,
+        state: DraftState,
+        line: Line,
+        *,
+        vocab_size: int,
+        num_ids: int,
+        recall: Recall | None = None,
+    ) -> None:
+        super().__init__(seq, state, line, seq.shaper)
+        self._line = line
+        self._vocab_size = vocab_size
+        self._num_ids = num_ids
+        self._recall = recall
+        self._guesses: Items[int] = ()
+        self._num_right = 0
+        self._is_argmax = line.stream is None and seq.shaper.is_plain_greedy
+
+    @property
+    def is_done(self) -> bool:
+        return len(self._line.tokens) >= self._line.depth
+
+    def first_nodes(self) -> DraftTree:
+        if self._recall is None:
+            return EMPTY_TREE
+        self._recall.follow(self.seq.tokens)
+        return self._guess(self._recall)
+
+    def next_piece(self) -> Piece:
+        tree = EMPTY_TREE if self._recall is None else self._guess(self._recall)
+        return Piece(self.state.table, self.state.num_cached, self._line.tokens[-1:], tree, True)
+
+    def _guess(self, recall: Recall) -> DraftTree:
+        """Guesses for all that is missing but the last token, which a right guess gives anyway."""
+        count = self._line.depth - len(self._line.tokens) - 1
+        guesses = recall.guess(self.seq.tokens, self._line.tokens, count)
+        is_known = [token < self._num_ids for token in guesses]
+        self._guesses = guesses if all(is_known) else guesses[: is_known.index(False)]
+        self._num_right = 0
+        return DraftTree.chain(self._guesses, "")
+
+    def follow_argmax(self, argmax_N: Items[int], first: int) -> bool:
+        if not self._is_argmax:
+            return False
+        while True:
+            token = argmax_N[first + self._num_right]
+            if not 0 <= token < self._vocab_size:
+                return False
+            self._line.tokens.append(token)
+            if not self._guesses or not self._was_guessed():
+                return True
+
+    def asks(self) -> list[tuple[int, Items[int]]]:
+        return [(self._num_right, self._line.tokens)]
+
+    def take(self, laws: Items[Tensor | None]) -> bool:
+        self._line.take(laws)
+        return not self.is_done and self._was_guessed()
+
+    def _was_guessed(self) -> bool:
+        """Whether the newest token was run in this pass: then the row after it is known too."""
+        at = self._num_right
+        if at >= len(self._guesses) or self._guesses[at] != self._line.tokens[-1]:
+            self._guesses, self._num_right = (), 0
+            return False
+        self._num_right += 1
+        self.state.num_cached += 1
+        return True
+
+    def ran(self) -> DraftTree:
+        num_ran = self.state.num_cached - len(self.seq.tokens)
+        return DraftTree.chain(self._line.tokens[:num_ran], "") if num_ran > 0 else EMPTY_TREE
+
+
+class TreeCourse(Course):
+    """Runs all nodes again in every pass, and so gets the laws after the newest.
+
+    A pass sees earlier passes whole, not single nodes of them; and the rows of a small tree cost
+    next to nothing.
+
+    Args:
+        root: the last committed token, as the draft model reads it.
+    """
+
+    def __init__(
+        self, seq: Sequence, state: DraftState, growth: Growth, shaper: Shaper, root: int
+    ) -> None:
+        super().__init__(seq, state, growth, shaper)
+        self._root = root
+        self._ran = EMPTY_TREE
+
+    def next_piece(self) -> Piece:
+        self._ran = self.growth.tree("")
+        return Piece(self.state.table, len(self.seq.tokens) - 1, [self._root], self._ran, True)
+
+    def asks(self) -> list[tuple[int, Items[int]]]:
+        return [(node + 1, self.growth.path_tokens(node)) for node in self.growth.wanted()]
+
+    def ran(self) -> DraftTree:
+        return self._ran
+
+
+class MaskCourse(Course):
+    """All depths in one pass: mask tokens stand for what is not known yet (PARD, An et al. 2025).
+
+    Row d gives the law at depth d + 1, whatever was drafted before it: the draft's law is a product
+    of K laws, each shaped along the path. The KV of masks is dropped.
+    """
+
+    def __init__(
+        self,
+        seq: Sequence,
+        state: DraftState,
+        growth: Growth,
+        shaper: Shaper,
+        *,
+        mask: int,
+        depth: int,
+        vocab_size: int,
+    ) -> None:
+        super().__init__(seq, state, growth, shaper)
+        self._masks = DraftTree.chain([mask] * (depth - 1), "")
+        self._vocab_size = vocab_size
+
+    def first_nodes(self) -> DraftTree:
+        return self._masks
+
+    def follow_argmax(self, argmax_N: Items[int], first: int) -> bool:
+        line = self.growth
+        if not isinstance(line, Line) or line.stream or not self.seq.shaper.is_plain_greedy:
+            return False
+        tokens = argmax_N[first : first + line.depth]
+        if not all(0 <= token < self._vocab_size for token in tokens):
+            return False
+        line.tokens += tokens
+        return True
+
+    def asks(self) -> list[tuple[int, Items[int]]]:
+        paths = [self.growth.path_tokens(node) for node in self.growth.wanted()]
+        return [(len(path), path) for path in paths]
+
+    def take(self, laws: Items[Tensor | None]) -> bool:
+        self.growth.take(laws)
+        return not self.is_done
