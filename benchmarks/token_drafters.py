@@ -1,0 +1,208 @@
+"""Drafters that read tokens alone: nanoseconds to enter a token and to draft, by tokens indexed.
+
+python -m benchmarks.token_drafters --text FILE
+"""
+
+import argparse
+import lzma
+import random
+import re
+import time
+from array import array
+from collections.abc import Callable, Sequence as Items
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks.provenance import as_markdown, provenance
+from outrider.draft.native.library import library
+from outrider.draft.native.suffix_tree import NativeSuffixTree
+from outrider.draft.ngram import NgramIndex, continuation
+from outrider.draft.suffix_tree import PlainSuffixTree, Search, SuffixTree
+
+TEXT_TOKENS = 1000  # an answer
+STEP_TOKENS = 4  # entered at once, as a step commits them
+NUM_DRAFTS = 2000
+K, WIDTH, DEPTH = 8, 4, 64
+PLAIN_TOKENS = 40_000  # no more for what is not meant for more
+
+
+class Index(Protocol):
+    """What one drafter keeps, and how it drafts."""
+
+    def extend(self, tokens: Items[int]) -> None: ...
+
+    def begin(self) -> None:
+        """Another text."""
+        ...
+
+    def draft(self, context: Items[int]) -> Items[int]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Ngram:
+    """All texts as one, as prompt lookup knows one text only."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.index = NgramIndex(2, 4)
+
+    def begin(self) -> None:
+        pass
+
+    def extend(self, tokens: Items[int]) -> None:
+        self.tokens += tokens
+        self.index.extend(self.tokens)
+
+    def draft(self, context: Items[int]) -> Items[int]:
+        starts = self.index.matches
+        return continuation(self.tokens, starts[0], K) if starts else []
+
+    @property
+    def num_bytes(self) -> int:
+        return 0
+
+
+class Suffix:
+    """One shared tree of many answers."""
+
+    def __init__(self, tree: SuffixTree, width: int = 1, mode: str = "frequency") -> None:
+        self.tree = tree
+        self.search = Search(K, width, K * width)
+        self.mode = mode
+        self.texts: list[int] = []
+
+    def begin(self) -> None:
+        self.texts.append(self.tree.open())
+
+    def extend(self, tokens: Items[int]) -> None:
+        self.tree.extend(self.texts[-1], array("i", tokens))
+
+    def draft(self, context: Items[int]) -> Items[int]:
+        given = array("i", context)
+        if self.mode == "longest":
+            return self.tree.longest(given, K).tokens
+        return self.tree.speculate(given, self.search).tokens
+
+    def forget(self) -> None:
+        self.tree.remove(self.texts.pop(0))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tree.num_bytes
+
+
+def native() -> NativeSuffixTree:
+    compiled = library()
+    if compiled is None:
+        raise SystemExit("no C++ compiler: nothing to measure")
+    return NativeSuffixTree(compiled, DEPTH)
+
+
+INDEXES: dict[str, Callable[[], Index]] = {
+    "ngram": Ngram,
+    "suffix": lambda: Suffix(native()),
+    "suffix, width 4": lambda: Suffix(native(), WIDTH),
+    "suffix, longest": lambda: Suffix(native(), mode="longest"),
+    "suffix, plain Python": lambda: Suffix(PlainSuffixTree(DEPTH)),
+}
+
+
+def read_tokens(path: Path | None) -> list[int]:
+    """Words, blanks and signs of a text as numbers; without one, words by Zipf's law."""
+    if path is None:
+        rng = random.Random(0)
+        return [int(rng.paretovariate(1.0)) % 50_000 for _ in range(1_100_000)]
+    packed = path.read_bytes()
+    text = (lzma.decompress(packed) if path.suffix == ".xz" else packed).decode()
+    numbers: dict[str, int] = {}
+    words = re.findall(r"\w+|\s+|[^\w\s]", text)
+    return [numbers.setdefault(word, len(numbers)) for word in words]
+
+
+def fill(index: Index, tokens: list[int]) -> float:
+    """Seconds per token, over the last tenth of them, a step's tokens at a time."""
+    start, measured_from = 0.0, len(tokens) * 9 // 10 // TEXT_TOKENS * TEXT_TOKENS
+    for at in range(0, len(tokens), STEP_TOKENS):
+        if at == measured_from:
+            start = time.perf_counter()
+        if at % TEXT_TOKENS == 0:
+            index.begin()
+        index.extend(tokens[at : at + STEP_TOKENS])
+    return (time.perf_counter() - start) / (len(tokens) - measured_from)
+
+
+def drafts(index: Index, tokens: list[int]) -> tuple[float, float]:
+    """Seconds per draft (least of three rounds) and its tokens; contexts from all over a text."""
+    step = max(1, (len(tokens) - DEPTH) // NUM_DRAFTS)
+    contexts = [tokens[at : at + DEPTH - 1] for at in range(0, len(tokens) - DEPTH, step)]
+    spent, count = [], 0
+    for _ in range(3):
+        start, count = time.perf_counter(), 0
+        for context in contexts:
+            count += len(index.draft(context))
+        spent.append(time.perf_counter() - start)
+    return min(spent) / len(contexts), count / len(contexts)
+
+
+def ngram_drafts(index: Ngram, tokens: list[int]) -> tuple[float, float]:
+    """The context must be its text's end: entering one token is left out of the time."""
+    spent, count = 0.0, 0
+    for token in tokens[:NUM_DRAFTS]:
+        index.extend([token])
+        start = time.perf_counter()
+        count += len(index.draft(()))
+        spent += time.perf_counter() - start
+    return spent / len(tokens[:NUM_DRAFTS]), count / len(tokens[:NUM_DRAFTS])
+
+
+def forgetting(index: Suffix) -> float:
+    """Seconds per token of the oldest answers; what is left is a tenth smaller."""
+    count = max(1, len(index.texts) // 10)
+    before, start = index.tree.num_tokens, time.perf_counter()
+    for _ in range(count):
+        index.forget()
+    return (time.perf_counter() - start) / (before - index.tree.num_tokens)
+
+
+def measure(name: str, tokens: list[int], num_tokens: int) -> str:
+    known, new = tokens[:num_tokens], tokens[num_tokens : num_tokens + 20_000]
+    spent = []
+    for _ in range(9 if num_tokens < 10_000 else 3):
+        index = INDEXES[name]()
+        spent.append(fill(index, known))
+    cells = [f"{min(spent) * 1e9:,.0f}"]
+    if isinstance(index, Suffix):
+        held = index.num_bytes / num_tokens
+        for text in (new, known):
+            seconds, length = drafts(index, text)
+            cells += [f"{seconds * 1e9:,.0f}", f"{length:.1f}"]
+        cells += [f"{forgetting(index) * 1e9:,.0f}", f"{held:,.0f}"]
+    elif isinstance(index, Ngram):
+        seconds, length = ngram_drafts(index, new)
+        cells += [f"{seconds * 1e9:,.0f}", f"{length:.1f}", "", "", "", ""]
+    return " | ".join(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, help="a text, may be .xz; else words by Zipf's law")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 32_000, 1_000_000])
+    parser.add_argument("--index", nargs="+", choices=INDEXES, default=list(INDEXES))
+    args = parser.parse_args()
+    facts, tokens = provenance(), read_tokens(args.text)
+    print("| index | tokens | enter | draft, new text | K | draft, known | K | forget | bytes |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in args.index:
+        for num_tokens in args.tokens:
+            if "plain" in name and num_tokens > PLAIN_TOKENS:
+                continue
+            if num_tokens + DEPTH > len(tokens):
+                raise SystemExit(f"the text has {len(tokens)} tokens: --tokens must be less")
+            print(f"| {name} | {num_tokens:,} | {measure(name, tokens, num_tokens)} |", flush=True)
+    print("\n" + as_markdown(facts))
+
+
+if __name__ == "__main__":
+    main()
