@@ -39,7 +39,7 @@ def grouped_bars(
         body += [_bar(left + BAR * i, bars[n], colour_of[n], scale) for i, n in enumerate(bars)]
         body.append(_text(x + room / 2, TOP + HEIGHT + LINE, group, "middle"))
         x += room + GAP
-    width = max(x, LEFT + 8.0 * len(title))
+    width = max(x, LEFT + 6.9 * len(title))
     legend, bottom = _legend(colour_of, width)
     frame = _axis(scale, width, unit, baseline, max(tops, default=baseline))
     head = _text(LEFT, 20, title, "start", weight="bold")
