@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -45,6 +45,7 @@ from outrider.verify.base import Verifier
 from outrider.verify.verifiers import verifier
 
 REPEAT_LAST = "repeat_last"
+PREDICTED = "prediction, 1 token in 16 wrong"
 PLAIN = Arm("plain", SpeculationParams(method="off"))
 NUM_WARM_UP_TOKENS = 3  # enough for a draft, too few to learn the answer from
 REPLAYED = ("tau_bench", "swe_agent", "aider")
@@ -55,6 +56,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_nodes": 12,
         "drafter_options": {"window": 3, "ngram": 3, "guesses": 3},
     },
+}
+# Other settings of a drafter, as rows of their own.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "draft_model, tree of 8": {"method": "draft_model", "width": 3, "num_nodes": 8},
+    "suffix, own text only": {"method": "suffix", "drafter_options": {"shared": "none"}},
+    "lookahead, 56 nodes": {"method": "lookahead"},
+    PREDICTED: {"method": "prediction"},
 }
 NOT_HERE = {"translate": "the models of the demo pair have one vocabulary: nothing to translate"}
 TOKENS_PER_DOMAIN = 400_000  # of the training texts, for rest
@@ -113,6 +121,7 @@ class Results:
                 entries[name] = {"reason": str(error)}
             except Exception as error:  # one broken part shall not cost the table of the others
                 entries[name] = {"reason": f"failed: {error!r}"}
+            entries[name]["commit"] = self.facts["commit"]
             self.path.write_text(json.dumps(self._all, indent=1) + "\n")
             print(f"{name}: {_short(entries[name])}", flush=True)
         return entries[name]
@@ -204,8 +213,9 @@ def live(bench: Bench, name: str, prompts: list[Prompt], max_tokens: int) -> Ent
     The drafter answers each prompt once only: one that remembers answers would know the second.
     """
     try:
-        llm = bench.with_drafters(name)
-        return _live(llm, Arm(name, _params(name)), prompts, _sampling(max_tokens))
+        llm = bench.with_drafters(_method(name))
+        sampling = _sampling(max_tokens)
+        return _live(llm, [_arm(llm, name, p, sampling) for p in prompts], prompts, sampling)
     except OutriderError:
         raise
     except Exception:
@@ -213,11 +223,22 @@ def live(bench: Bench, name: str, prompts: list[Prompt], max_tokens: int) -> Ent
         raise
 
 
-def _live(llm: LLM, arm: Arm, prompts: list[Prompt], sampling: SamplingParams) -> Entry:
-    clock = Clock(llm.engine.drafters[arm.name])
+def _arm(llm: LLM, name: str, prompt: Prompt, sampling: SamplingParams) -> Arm:
+    """A prediction is the answer itself with wrong tokens in it, so it differs by prompt."""
+    params = _params(name)
+    if name != PREDICTED:
+        return Arm(name, params)
+    (answer,) = llm.generate([prompt], sampling, PLAIN.speculation)
+    expected = list(answer.token_ids)
+    expected[15::16] = [0] * len(expected[15::16])
+    return Arm(name, replace(params, prediction_token_ids=tuple(expected)))
+
+
+def _live(llm: LLM, arms: list[Arm], prompts: list[Prompt], sampling: SamplingParams) -> Entry:
+    clock = Clock(llm.engine.drafters[_method(arms[0].name)])
     few = _sampling(NUM_WARM_UP_TOKENS)
     log_ratios, plains, timed = [], [], []
-    for prompt in prompts:
+    for arm, prompt in zip(arms, prompts, strict=True):
         for warmed in (PLAIN, arm):
             llm.generate([prompt], few, warmed.speculation)
         clock.start()
@@ -235,7 +256,7 @@ def _live(llm: LLM, arm: Arm, prompts: list[Prompt], sampling: SamplingParams) -
         for one, plain in zip(timed, plains[::2], strict=True)
     ]
     return {
-        "speculation": _given(arm.speculation),
+        "speculation": _given(replace(arms[0].speculation, prediction_token_ids=None)),
         **asdict(found),
         "verdict": found.verdict,
         "plain_tokens_per_second": _speed(plains),
@@ -405,7 +426,11 @@ def _sampling(max_tokens: int, temperature: float = 0.0) -> SamplingParams:
 
 
 def _params(name: str) -> SpeculationParams:
-    return SpeculationParams(method=name, **SMALL.get(name, {}))
+    return SpeculationParams(**VARIANTS.get(name, {"method": name, **SMALL.get(name, {})}))
+
+
+def _method(name: str) -> str:
+    return str(VARIANTS[name]["method"]) if name in VARIANTS else name
 
 
 def _given(params: SpeculationParams) -> dict[str, Any]:
@@ -469,7 +494,8 @@ def main() -> None:
     prompts = live_prompts(bench.llm, args.data, num_prompts)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # logs may be longer than contexts
     names = [REPEAT_LAST, *(args.drafters or DRAFTERS.names())]
-    for name, (workload, asked) in product(names, prompts.items()):
+    rows = names if args.drafters else [*names, *VARIANTS]
+    for name, (workload, asked) in product(rows, prompts.items()):
         measure = partial(live, bench, name, asked, max_tokens)
         results.get(f"live | {name} | {workload}", measure)
     for name, workload in product(names if args.data else [], REPLAYED):

@@ -1,6 +1,7 @@
 """The page and the figures of `benchmarks.methods`, written from its entries and nothing else."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +28,7 @@ def write_figures(entries: Entries, folder: Path, size: str) -> None:
         title = f"Speed-up over plain decoding, demo pair, temperature 0 ({size})"
         groups = _groups(entries, "live", members, _speedup)
         _write(folder / f"methods_{family}.svg", title, groups, "times plain decoding, 95 %")
-    for name in dict.fromkeys(name for _, name, _ in entries):
+    for name in dict.fromkeys(n for s, n, _ in entries if s != "rules" and "," not in n):
         _write_own(entries, folder, name, size)
     title = f"Replay of recorded answers ({size})"
     everyone = [name for _, name, _ in entries]
@@ -44,6 +45,8 @@ def write_figures(entries: Entries, folder: Path, size: str) -> None:
 
 def _write_own(entries: Entries, folder: Path, name: str, size: str) -> None:
     """`<drafter>.svg`: one drafter on every workload, live or on record, beside `ngram`."""
+    if name == "repeat_last":
+        return
     pair = dict.fromkeys(("ngram", name))
     groups = _groups(entries, "live", pair, _speedup)
     if any(name in bars for bars in groups.values()):
@@ -84,6 +87,7 @@ def write_page(
         _left_out(entries),
         "## Where it was measured",
         as_markdown({name: told for name, told in facts.items() if name != "command"}),
+        _commits(entries),
         _workload(size, prompts),
         LIMITS,
     ]
@@ -131,6 +135,13 @@ def _workload(size: str, prompts: Mapping[str, int]) -> str:
     )
 
 
+def _commits(entries: Entries) -> str:
+    """A table may be measured in several runs: what was there before is kept."""
+    counts = Counter(entry["commit"] for entry in entries.values() if "reason" not in entry)
+    told = ", ".join(f"{commit} ({count})" for commit, count in counts.items())
+    return f"Entries by commit: {told}."
+
+
 def _warning(prompts: Mapping[str, int]) -> str:
     if all(count >= 10 for count in prompts.values()):
         return ""
@@ -143,12 +154,17 @@ def _claim(entries: Entries) -> str:
         found = {
             name: entry
             for (section, name, at), entry in entries.items()
-            if section == "live" and at == workload and "ratio" in entry
+            if section == "live" and at == workload and "ratio" in entry and "," not in name
         }
         if found:
             name = max(found, key=lambda name: found[name]["ratio"])
             best.append(f"{workload} `{name}` {_told_speedup(found[name])}")
-    return f"The fastest drafter by workload: {'; '.join(best)}." if best else "None."
+    if not best:
+        return "None."
+    return (
+        f"The largest ratio by workload (where intervals overlap, others may be as fast): "
+        f"{'; '.join(best)}."
+    )
 
 
 def _matrix(entries: Entries, section: str, told: Callable[[Entry], str]) -> str:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.provenance import as_markdown, provenance
+from outrider.draft.datastore import Datastore
 from outrider.draft.native.library import library
 from outrider.draft.native.suffix_tree import NativeSuffixTree
 from outrider.draft.ngram import NgramIndex, continuation
+from outrider.draft.prediction import PredictionState
+from outrider.draft.rest import CPU_NODES, heaviest
 from outrider.draft.suffix_tree import PlainSuffixTree, Search, SuffixTree
 
 TEXT_TOKENS = 1000  # an answer
@@ -93,6 +96,33 @@ class Suffix:
         return self.tree.num_bytes
 
 
+class Corpus:
+    """The datastore of `rest`, sorted when the last token is in; it drafts a tree of 8."""
+
+    def __init__(self) -> None:
+        self.documents: list[list[int]] = []
+
+    def begin(self) -> None:
+        self.documents.append([])
+
+    def extend(self, tokens: Items[int]) -> None:
+        self.documents[-1] += tokens
+
+    def build(self) -> None:
+        self.datastore = Datastore.build(self.documents, fingerprint="", vocab_size=1 << 30)
+
+    def draft(self, context: Items[int]) -> Items[int]:
+        length, low, high = self.datastore.search(context, 2)
+        if not length:
+            return []
+        votes = self.datastore.continuations(low, high, 5000, K)
+        return heaviest(votes, CPU_NODES, CPU_NODES, "rest").tokens
+
+    @property
+    def num_bytes(self) -> int:
+        return self.datastore.tokens.nbytes + self.datastore.positions.nbytes
+
+
 def native() -> NativeSuffixTree:
     compiled = library()
     if compiled is None:
@@ -105,6 +135,8 @@ INDEXES: dict[str, Callable[[], Index]] = {
     "suffix": lambda: Suffix(native()),
     "suffix, width 4": lambda: Suffix(native(), WIDTH),
     "suffix, longest": lambda: Suffix(native(), mode="longest"),
+    "rest": Corpus,
+    "prediction": Ngram,  # has no index of its own until the answer strays: see `predicted`
     "suffix, plain Python": lambda: Suffix(PlainSuffixTree(DEPTH)),
 }
 
@@ -157,6 +189,28 @@ def ngram_drafts(index: Ngram, tokens: list[int]) -> tuple[float, float]:
     return spent / len(tokens[:NUM_DRAFTS]), count / len(tokens[:NUM_DRAFTS])
 
 
+def predicted(tokens: list[int]) -> str:
+    """A prediction of so many tokens, followed by an answer that changes every 64th of them."""
+    answer = list(tokens[: 4 * NUM_DRAFTS])
+    answer[63::64] = [-1] * len(answer[63::64])
+    state = PredictionState(tuple(tokens), 2, 0, 0, 0)
+    log: list[int] = []
+    longest, spent, count, first = 0.0, 0.0, 0, True
+    for at in range(0, len(answer), STEP_TOKENS):
+        log += answer[at : at + STEP_TOKENS]
+        start = time.perf_counter()
+        state.follow(log)
+        count += sum(map(len, state.chains(K, 1)))
+        took = time.perf_counter() - start
+        if first and -1 in log:  # this call makes the index
+            longest, first = took, False
+        else:
+            spent += took
+    calls = len(answer) // STEP_TOKENS
+    enter = longest / len(tokens) * 1e9
+    return f"{enter:,.0f} | {spent / calls * 1e9:,.0f} | {count / calls:.1f} |  |  |  | "
+
+
 def forgetting(index: Suffix) -> float:
     """Seconds per token of the oldest answers; what is left is a tenth smaller."""
     count = max(1, len(index.texts) // 10)
@@ -168,10 +222,16 @@ def forgetting(index: Suffix) -> float:
 
 def measure(name: str, tokens: list[int], num_tokens: int) -> str:
     known, new = tokens[:num_tokens], tokens[num_tokens : num_tokens + 20_000]
+    if name == "prediction":
+        return predicted(known)
     spent = []
     for _ in range(9 if num_tokens < 10_000 else 3):
         index = INDEXES[name]()
         spent.append(fill(index, known))
+        if isinstance(index, Corpus):
+            start = time.perf_counter()
+            index.build()
+            spent[-1] = (time.perf_counter() - start) / num_tokens
     cells = [f"{min(spent) * 1e9:,.0f}"]
     if isinstance(index, Suffix):
         held = index.num_bytes / num_tokens
@@ -179,6 +239,11 @@ def measure(name: str, tokens: list[int], num_tokens: int) -> str:
             seconds, length = drafts(index, text)
             cells += [f"{seconds * 1e9:,.0f}", f"{length:.1f}"]
         cells += [f"{forgetting(index) * 1e9:,.0f}", f"{held:,.0f}"]
+    elif isinstance(index, Corpus):
+        for text in (new, known):
+            seconds, length = drafts(index, text)
+            cells += [f"{seconds * 1e9:,.0f}", f"{length:.1f}"]
+        cells += ["", f"{index.num_bytes / num_tokens:,.0f}"]
     elif isinstance(index, Ngram):
         seconds, length = ngram_drafts(index, new)
         cells += [f"{seconds * 1e9:,.0f}", f"{length:.1f}", "", "", "", ""]

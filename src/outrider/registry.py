@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from outrider.errors import ConfigError, unknown
 
+OURS = "outrider"
+
 
 class Registered(NamedTuple):
     """Where a name leads: `source` is "outrider" or the distribution that brings the plug-in."""
@@ -33,7 +35,7 @@ class Registry:
     def __iter__(self) -> Iterator[Registered]:
         """All parts, built-ins first; a plug-in may not take a name that is taken."""
         for name, target in self._builtins.items():
-            yield Registered(name, target, "outrider")
+            yield Registered(name, target, OURS)
         for point in self._plugins():
             yield Registered(point.name, point.value, point.dist.name if point.dist else "?")
 
@@ -52,7 +54,7 @@ class Registry:
         try:
             return getattr(import_module(module), attribute)
         except Exception as error:  # whatever a stranger's module does when it is imported
-            if part.source == "outrider":
+            if part.source == OURS:
                 raise
             raise ConfigError(
                 f"{self.kind} {part.name!r} of {part.source} cannot be loaded from "

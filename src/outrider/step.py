@@ -16,7 +16,7 @@ from outrider.sequence import Sequence
 
 
 class Kind(StrEnum):
-    """What a proposal is, by how its tokens came about (algorithms.md 1.2).
+    """What a proposal is, by how its tokens came about.
 
     Picked tokens are functions of the text alone; drawn ones come from a law recorded with them.
     """

@@ -207,6 +207,9 @@ class Composer(ScriptedDrafter):
     def build(cls, surroundings):
         return cls(dict(surroundings.drafters))
 
+    def options_for(self, given):
+        return {}
+
     def parts(self, options):
         return ("ngram",)
 

@@ -181,7 +181,7 @@ def test_it_is_registered_and_says_what_it_needs():
     (cascade("suffix,ngrm"), r"'ngrm'.*did you mean 'ngram'"),
     (cascade("ngram, ngram"), "names ngram twice"),
     (cascade("cascade"), "part of a cascade 'cascade'"),
-    (cascade("suffix", options={"inner": "ngram"}), r"'inner'\]='ngram': none of suffix has it"),
+    (cascade("suffix", options={"inner": "ngram"}), r"key of cascade 'inner' \(known: .*alpha"),
     (cascade("ngram", options={"min_score": -1}), r"min_score.*must lie in \[0, 64\]"),
     (cascade("ngram", options={"window": 3}), "window"),
     (cascade("suffix,draft_model", width=3, options={"inner": "ngram"}), "not width=3"),
@@ -196,14 +196,15 @@ def test_an_option_that_means_two_things_is_refused_where_both_are_meant():
     one, other = Option(1, "one"), Option(2, "other")
     parts = [Scripted("a", 1, options={"x": one}), Scripted("b", 1, options={"x": other})]
     whole = CascadeDrafter({part.name: part for part in parts})
-    assert whole.parts({"parts": "a", "min_score": 2.0, "x": 1}) == ("a",)
-    with pytest.raises(RequestError, match="option 'x' of b is another's"):
-        whole.parts({"parts": "a,b", "min_score": 2.0, "x": 1})
+    assert whole.options_for({"parts": "a"})["x"] == one
+    assert whole.options_for({"parts": "b"})["x"] == other
+    with pytest.raises(RequestError, match="option 'x' means another thing for b"):
+        whole.options_for({"parts": "a,b"})
 
 
 def test_a_rule_that_cannot_take_a_parts_drafts_refuses_the_whole():
     spec = cascade("ngram,draft_model", width=3, verifier="spectr")
-    with pytest.raises(PairError, match="ngram with width=3"):
+    with pytest.raises(PairError, match=r"width=3 .* of ngram"):
         engine().add(request(speculation=spec))
 
 

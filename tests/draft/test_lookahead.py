@@ -334,10 +334,10 @@ def test_a_part_of_another_drafter_takes_the_defaults():
 
 
 def test_bounds_of_the_options():
-    for name, value in (("window", 0), ("ngram", 1), ("guesses", 33)):
+    for name, value in (("window", 33), ("ngram", 10), ("guesses", 0), ("guesses", 33)):
         with pytest.raises(ValueError, match=name):
             LookaheadDrafter.options[name].check(name, value)
-    assert DEFAULTS == {"window": 7, "ngram": 5, "guesses": 7}
+    assert DEFAULTS == {"window": 0, "ngram": 0, "guesses": 7}
 
 
 def test_a_window_that_does_not_fit_is_refused():
@@ -346,6 +346,10 @@ def test_a_window_that_does_not_fit_is_refused():
         return resolve(spec, SamplingParams(), Drafters([LookaheadDrafter()]), "", "")
 
     assert ask(num_draft_tokens=3).num_draft_tokens == 3  # the usual window, begun smaller
+    with pytest.raises(RequestError, match="=11 or more"):
+        ask(drafter_options={"window": 7, "ngram": 6}, num_draft_tokens=4)
+    with pytest.raises(RequestError, match=r"ngram=1: .* use 2 to 9"):
+        ask(drafter_options={"ngram": 1})
     wide = {"window": 15, "ngram": 4}
     with pytest.raises(RequestError, match=r"num_draft_tokens=10: a window of 15 .*=17 or more"):
         ask(drafter_options=wide)

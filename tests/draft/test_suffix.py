@@ -252,7 +252,7 @@ def test_the_longest_mode_proposes_what_followed_the_longest_match(kind):
         answered(drafter, [0], text)
     longest = opened(drafter, [0, 1, 2, 3], mode="longest")
     assert draft(drafter, longest).tokens == (6, 7)
-    assert drafter.confidence(longest) == 3.0, "the length of the match"
+    assert drafter.confidence(longest) == pytest.approx(3 * 2 / 5), "a match of 5 counts as 2"
     answered(drafter, [0], list(range(20, 60)))
     one = opened(drafter, [0, 20], mode="longest")
     assert draft(drafter, one, depth=20).tokens == (21, 22, 23, 24), "four per matched token"

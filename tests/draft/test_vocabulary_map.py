@@ -136,7 +136,7 @@ def test_without_collisions_logits_are_copied_bit_by_bit():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_law_is_exact_with_collisions_and_only_because_they_add(seed):
-    """algorithms.md 1.3, trap 4: tokens are drawn as draft ids; the law must be of target ids."""
+    """Tokens are drawn as draft ids; the law must be of target ids."""
     made = VocabularyMap(COLLIDING.items(), 6, 3)
     p, q = ToyModel(f"p{seed}", 3), ToyModel(f"q{seed}", 6)
     common = torch.tensor(list(COLLIDING))

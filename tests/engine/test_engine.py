@@ -1,6 +1,7 @@
 """Engine: requests come, leave early, fail alone, fork, and are counted."""
 
 import pytest
+import torch
 
 from outrider.errors import PairError, RequestError
 from outrider.request import Request, SamplingParams, SpeculationParams, StreamParams
@@ -164,7 +165,7 @@ def test_ids_that_look_like_those_of_completions_do_not_collide():
     ],
 )
 def test_a_request_that_cannot_be_served_changes_nothing(wrong, message):
-    engine = tiny_engine()
+    engine = tiny_engine(grammars=None)
     with pytest.raises(RequestError, match=message):
         engine.add(Request(**{**vars(request("r", n=3)), **wrong}))
     assert_empty(engine)
@@ -414,3 +415,23 @@ def test_logits_that_are_no_numbers_fail_the_request_at_temperature_0(monkeypatc
     )
     assert told["r", 0][-1].finish_reason == "error"
     assert "nan" in told["r", 0][-1].error
+
+
+@pytest.mark.parametrize("verifier", ["gbv", "spectr", "tree", "sampled"])
+def test_a_row_of_no_numbers_ends_that_request_alone(verifier, monkeypatch):
+    """Rules that want a certain kind of tree are not asked about one that is none."""
+    engine = tiny_engine(draft_noise=0.01)
+    forward = engine.runner.forward
+
+    def broken(batch, drafts):
+        output = forward(batch, drafts)
+        nothing_NV = torch.full_like(output.logits_NV, float("nan"))
+        return output._replace(logits_NV=nothing_NV, argmax_N=[-1] * len(output.argmax_N))
+
+    monkeypatch.setattr(engine.runner, "forward", broken)
+    spec = SpeculationParams(method="draft_model", width=3, verifier=verifier)
+    request = Request(id="r", prompt_token_ids=(40, 50, 60), speculation=spec)
+    (told,) = events(engine, [request]).values()
+    assert told[-1].finish_reason == "error"
+    assert "nan" in told[-1].error
+    assert not engine.has_work()

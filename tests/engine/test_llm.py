@@ -307,3 +307,13 @@ def test_max_tokens_none_goes_to_the_end_of_the_context(llm):
     out = llm.generate([[5, 6]], SamplingParams(max_tokens=None, ignore_eos=True))[0]
     assert len(out.token_ids) == MAX_POSITIONS - 2
     assert out.finish_reason == "length"
+
+
+def test_a_prediction_may_be_text_by_default_and_per_request():
+    llm = LLM("demo", speculation={"method": "prediction", "prediction": "import os\nimport sys\n"})
+    sampling = SamplingParams(max_tokens=8)
+    plain = llm.generate("import", sampling, "off")[0]
+    for speculation in (None, {"method": "prediction", "prediction": plain.text}):
+        output = llm.generate("import", sampling, speculation)[0]
+        assert output.token_ids == plain.token_ids
+        assert output.metrics.num_draft_tokens > 0

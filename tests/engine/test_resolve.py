@@ -55,6 +55,9 @@ class Both(ScriptedDrafter):
 
     options: ClassVar = {"parts": Option("ngram,draft_model", "who drafts")}
 
+    def options_for(self, given):
+        return self.options
+
     def parts(self, options):
         return tuple(options["parts"].split(","))
 
@@ -213,7 +216,7 @@ def test_the_greedy_rule_serves_greedy_requests():
 def test_a_rule_is_given_only_the_kinds_it_declares(
     monkeypatch, accepts, sample_method, width, legal
 ):
-    """algorithms.md 1.2: an illegal pair is refused when the request comes."""
+    """An illegal pair is refused when the request comes."""
 
     class Choosy(SampledVerifier):
         name = "choosy"
@@ -251,7 +254,7 @@ def test_a_composing_drafter_is_judged_by_its_parts():
     assert (found.drafter, found.parts) == ("both", ("ngram", "draft_model"))
     assert found.draft_sample_method == "probabilistic"
     assert ask(method="both", prompt_lookup_max=3).prompt_lookup_max == 3
-    with pytest.raises(PairError, match="ngram with width=2"):
+    with pytest.raises(PairError, match=r"width=2 .* of ngram"):
         ask(method="both", width=2, verifier="rejection")
 
 
@@ -296,3 +299,12 @@ def test_branches_are_for_drafters_and_rules_that_take_them():
     assert ask(method="branching", width=2).width == 2
     with pytest.raises(RequestError, match="width=3: branching draws at most 2"):
         ask(method="branching", width=3)
+
+
+def test_a_tree_with_no_room_for_its_branches_is_refused():
+    with pytest.raises(RequestError, match="num_nodes=2: has no room for width=4 branches"):
+        ask(method="ngram", width=4, num_nodes=2)
+
+
+def test_the_model_of_a_composed_drafter_may_be_insisted_on():
+    assert ask(method="both", model="small-model").drafter == "both"

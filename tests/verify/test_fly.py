@@ -105,7 +105,7 @@ def test_a_shut_gate_is_exact_match(reading):
 
 
 def by_definition(match, gate, window, followers):
-    """The accepted length, as algorithms.md 3.13 gives it."""
+    """The accepted length, as the definition has it."""
     n = 0
     while n < len(match):
         is_late = n + window >= len(match)

@@ -1,4 +1,4 @@
-"""GbvVerifier: both rules against their definitions, exact, in the order of algorithms.md 3.11."""
+"""GbvVerifier: both rules against their definitions, exact, in the order known of their means."""
 
 import numpy as np
 import pytest
@@ -187,7 +187,7 @@ def test_recursive_is_never_below_block_on_the_first_chain(size, length, count):
 
 @pytest.mark.parametrize(("size", "length", "count"), [(2, 2, 2), (2, 3, 2), (3, 2, 2), (2, 2, 3)])
 def test_the_rules_accept_in_the_order_of_the_table(size, length, count):
-    """Means over random toys (algorithms.md 3.11); on single toys selection may come last.
+    """Means over random toys; on single toys selection may come last.
 
     With three chains over two tokens selection and recursive change places with the toys.
     """

@@ -189,7 +189,7 @@ def test_another_candidate_never_lowers_the_chance_of_a_hit(drafts, zeros):
 
 
 def test_siblings_drawn_without_replacement_hit_more_often():
-    """Means over random problems, in the order of algorithms.md 3.6."""
+    """Means over random problems, in the order known of them."""
     drafts = {
         "one": lambda q: draw_chain(q, 1),
         "with": lambda q: draw_chains(q, 2, 1),

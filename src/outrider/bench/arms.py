@@ -1,7 +1,7 @@
 """Arms: the same requests with and without speculation on one engine, in alternation.
 
 Both arms share weights, clock, heat and allocator. Blocks run A B B A, so that a linear drift of
-the machine cancels; the interval comes from resampling prompts (harness.md 4.1).
+the machine cancels; the interval comes from resampling prompts.
 """
 
 import math

@@ -2,14 +2,13 @@
 
 At each call the drafter proposes and the record decides: the path that agrees with the recorded
 answer is accepted, and one more token is committed, as a target of temperature 0 that gave this
-answer would have done (harness.md 4.8). For answers that were drawn it is an estimate.
+answer would have done. For answers that were drawn it is an estimate.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence as Items
 from dataclasses import dataclass, replace
-from itertools import islice
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -172,8 +171,7 @@ def wants_prediction(drafters: Drafters, params: SpeculationParams) -> bool:
         return True
     if not isinstance(drafter, Composes):
         return False
-    options = {name: option.default for name, option in drafter.options.items()}
-    parts = drafter.parts({**options, **params.drafter_options})
+    parts = drafter.parts(params.drafter_options)
     return any(PREDICTION in drafters[part].needs for part in parts)
 
 
@@ -268,7 +266,8 @@ def _call(seq: Sequence, truth: Items[int], drafters: Drafters) -> Counts:
     start = time.process_time()
     (tree,) = drafters.draft(batch, plan)
     drafted = time.process_time()
-    ahead = islice(truth, seq.num_generated, None)
+    start_at = seq.num_generated
+    ahead = iter(truth[start_at : start_at + len(tree) + 1])
     accepted, token, _ = walk(tree, lambda _: next(ahead, -1))
     path = [*(tree.tokens[node] for node in accepted), *([token] if token >= 0 else [])]
     seq.tokens += path

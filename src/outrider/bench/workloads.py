@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ from outrider.tokenizer import Tokenizer
 
 # A longer prompt keeps its end: near text repeats most, and real contexts are cut there too.
 MAX_PROMPT_TOKENS = 4096
+MAX_ID = 1 << 31  # token ids are counted in 32 bits
 
 Piece: TypeAlias = str | tuple[int, ...]
 
@@ -111,7 +113,9 @@ def find(file: str, data: Path) -> Path | None:
 def _read(read: Callable[[Path], Iterator[Record]], path: Path) -> list[Record]:
     try:
         records = list(read(path))
-    except (KeyError, IndexError, TypeError, UnicodeDecodeError, tarfile.TarError) as error:
+    except ConfigError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, LZMAError, tarfile.TarError) as error:
         raise ConfigError(f"{str(path)!r} has another layout than expected ({error!r})") from error
     if not records:
         raise ConfigError(f"{str(path)!r} holds no answer: give another file")
@@ -228,7 +232,12 @@ def _text(message: Mapping[str, Any]) -> str:
 
 
 def _piece(value: Any) -> Piece:
-    return value if isinstance(value, str) else tuple(int(token) for token in value)
+    if isinstance(value, str):
+        return value
+    ids = [i for i in value if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_ID]
+    if len(ids) < len(value):
+        raise TypeError(f"give a text or token ids from 0 to {MAX_ID - 1}, not {value!r:.60}")
+    return tuple(ids)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -20,7 +20,7 @@ DraftModel: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--draft-model",
-        help='Smaller model of the same vocabulary; "off" declines the demo\'s own.',
+        help='Smaller model, best of the same vocabulary; "off" declines the demo\'s own.',
     ),
 ]
 SpeculationJSON: TypeAlias = Annotated[

@@ -142,6 +142,10 @@ class Drafter(Protocol):
 class Composes(Protocol):
     """A drafter that asks others; the engine opens, closes and tells those itself."""
 
+    def options_for(self, given: Options) -> Mapping[str, Option]:
+        """What a request may set that gives these; RequestError if they name nobody here."""
+        ...
+
     def parts(self, options: Options) -> tuple[str, ...]:
         """Names of the others under these options. RequestError if one is not here."""
         ...

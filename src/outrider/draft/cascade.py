@@ -33,7 +33,7 @@ class Confident(Protocol):
 
 
 class CascadeDrafter:
-    """Hybrid routing (Oliaro et al. 2024; algorithms.md 4.10, 4.15): first come, first good enough.
+    """Hybrid routing (Oliaro et al. 2024): first come, first good enough.
 
     A part is asked for the rows that nobody before it settled. A draft settles a row if its drafter
     rates it at `min_score` expected accepted tokens or more, or rates no drafts. Where no draft
@@ -73,47 +73,35 @@ class CascadeDrafter:
         known = {method for d in self._drafters.values() for method in d.sample_methods}
         self.sample_methods = tuple(method for method in SAMPLE_METHODS if method in known)
         self._usual = _usual_parts(self._drafters)
-        self.options = self._all_options()
+        self.options = self.options_for({})
 
     @classmethod
     def build(cls, surroundings: Surroundings) -> "CascadeDrafter":
         """ConfigError where there is nothing to compose."""
         return cls(surroundings.drafters)
 
-    def _all_options(self) -> dict[str, Option]:
-        """Own ones, then those of the drafters, the usual parts first."""
+    def options_for(self, given: Options) -> dict[str, Option]:
+        """Own options and those of the parts that `given` names, or of the usual ones."""
         options = dict(OWN_OPTIONS)
-        for name in dict.fromkeys((*self._usual, *self._drafters)):
+        for name in self.parts(given):
             for option, about in self._drafters[name].options.items():
-                options.setdefault(option, about)
+                if options.setdefault(option, about) != about:
+                    raise RequestError(
+                        f"parts={','.join(self.parts(given))!r}: the option {option!r} means "
+                        f"another thing for {name} than for a part before it; leave one out"
+                    )
         return options
 
     def parts(self, options: Options) -> tuple[str, ...]:
-        """RequestError if one is not here, or an option is none of theirs or means two things."""
-        names = tuple(part.strip() for part in str(options["parts"]).split(",") if part.strip())
+        """RequestError if one is not here."""
+        told = str(options.get("parts", ""))
+        names = tuple(part.strip() for part in told.split(",") if part.strip())
         for name in names:
             if name not in self._drafters:
                 raise RequestError(unknown("part of a cascade", name, list(self._drafters)))
             if names.count(name) > 1:
-                raise RequestError(f"parts={options['parts']!r}: names {name} twice; once will do")
-        self._check_options(names or self._usual, options)
+                raise RequestError(f"parts={told!r}: names {name} twice; once will do")
         return names or self._usual
-
-    def _check_options(self, names: Items[str], options: Options) -> None:
-        theirs = [(n, o, about) for n in names for o, about in self._drafters[n].options.items()]
-        for name, option, about in theirs:
-            if self.options[option] != about:
-                raise RequestError(
-                    f"parts={','.join(names)!r}: the option {option!r} of {name} is another's "
-                    "here too; leave that part out"
-                )
-        known = {*OWN_OPTIONS, *(option for _, option, _ in theirs)}
-        for option, value in options.items():
-            if option not in known and value != self.options[option].default:
-                raise RequestError(
-                    f"drafter_options[{option!r}]={value!r}: none of {', '.join(names)} has it; "
-                    "drop it"
-                )
 
     def open(self, seq: Sequence) -> None:
         """Its parts are opened by the engine; it keeps nothing itself."""

@@ -67,7 +67,7 @@ class LineCourse(Course):
         vocab_size: of the target. num_ids: of the draft model.
         recall: guesses the tokens that come next; a pass that runs guesses too gives as many
             tokens as it has right ones, and one more (vertical cascade, Chen et al. 2023,
-            "Cascade speculative drafting"; algorithms.md 4.15). The draft is the same token for
+            "Cascade speculative drafting"). The draft is the same token for
             token, drawn ones included, for each is still made from its own law.
     """
 

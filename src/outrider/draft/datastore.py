@@ -3,7 +3,7 @@
 The index lists all positions in the order of what stands before them, read backwards. Positions
 with the same token before them are neighbours, among those the ones with the same two tokens, and
 so on: the longest ending that occurs is found in one descent, not in one search per length. It is
-the suffix array of the corpus read backwards (Manber and Myers 1990; algorithms.md 4.12).
+the suffix array of the corpus read backwards (Manber and Myers 1990).
 """
 
 import json
@@ -191,4 +191,7 @@ def _read_header(folder: Path) -> Header:
         raise ConfigError(f"datastore {str(folder)!r}: {error}; {REBUILD}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ConfigError(f"datastore {str(folder)!r} is of another format: {REBUILD}")
-    return Header(**values)
+    try:
+        return Header(**{key: value for key, value in values.items() if key != "format"})
+    except TypeError as error:
+        raise ConfigError(f"datastore {str(folder)!r}: {error}; {REBUILD}") from error

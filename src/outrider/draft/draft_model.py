@@ -1,6 +1,6 @@
 """A small model of the same vocabulary drafts chains and trees, all sequences side by side.
 
-Leviathan et al. 2022, Chen et al. 2023; algorithms.md 4.1. It keeps KV of its own in a pool of its
+Leviathan et al. 2022, Chen et al. 2023. It keeps KV of its own in a pool of its
 own; what a rejection leaves behind there is overwritten, never freed.
 
 Shape legend: N rows of a pass, R of them whose laws are asked for, V vocabulary of the target.
@@ -16,8 +16,10 @@ from outrider.cache.table import BlockManager
 from outrider.draft.base import Snapshot, Surroundings, Warmth
 from outrider.draft.course import Course, LineCourse, MaskCourse, TreeCourse
 from outrider.draft.draft_kv import DraftKV, DraftState
+from outrider.draft.drawing import draft_law
 from outrider.draft.growth import Growth, Line, plant
 from outrider.draft.recall import Recall
+from outrider.draft.warm import PrefixCache
 from outrider.errors import ConfigError, RequestError
 from outrider.models.runner import Piece, Runner
 from outrider.request import Option, Speculation
@@ -41,10 +43,10 @@ class ModelDrafter:
     | probabilistic | drawn, q recorded | `width` siblings and chains below (`Siblings`) |
     | independent | as probabilistic | `width` chains, each drawn as if alone (`Chains`) |
 
-    Coupled drafts agree with the target always where the laws are equal (algorithms.md 3.3). A tree
+    Coupled drafts agree with the target always where the laws are equal. A tree
     costs as many passes as it is deep, and each of them runs the tree so far.
 
-    A draft model that was trained to draft in parallel (PARD; algorithms.md 4.6) gives all depths
+    A draft model that was trained to draft in parallel (PARD) gives all depths
     in one pass; trees grow from the same rows.
 
     The option `inner` lets n-grams of the text guess the draft model's own tokens, so that one pass
@@ -150,6 +152,9 @@ class ModelDrafter:
         state = self._open_state(seq)
         self._kv.load(state, snapshot.state, min(snapshot.num_tokens, len(seq.tokens) - 1))
         return state.num_cached
+
+    def prefix_cache(self, tokens: Items[int]) -> PrefixCache:
+        return PrefixCache(self.runner, self.manager, tokens)
 
     def _open_state(self, seq: Sequence) -> DraftState:
         state = seq.drafter_state[self.name] = self._kv.open(seq)
@@ -265,15 +270,8 @@ class ModelDrafter:
         return dict(zip(shapers, laws_together(logits_RV, list(shapers.values())), strict=True))
 
     def _law(self, course: Course, logits_V: Tensor, path: Items[int]) -> Tensor | None:
-        """None where the settings leave no token, or the logits are no numbers."""
-        seq = course.seq
         logits_V = fit(logits_V, self.vocab_size)
-        try:
-            mask_V = seq.grammar.mask(path) if seq.grammar is not None else None
-            shaped_V = course.shaper.shape(logits_V, seq.tokens, path, mask_V)
-        except RequestError:
-            return None
-        return shaped_V.softmax(dim=0)
+        return draft_law(course.seq, logits_V, path, course.shaper)
 
     def _finish(self, course: Course | None) -> DraftTree:
         if course is None:

@@ -1,6 +1,6 @@
 """Early exit: the target's own first layers draft, over the target's own keys and values.
 
-Elhoushi et al. 2024 (LayerSkip); algorithms.md 4.3. The first E layers, the last norm and the head
+Elhoushi et al. 2024 (LayerSkip). The first E layers, the last norm and the head
 are a smaller model that shares its weights and the first E layers of the KV pool with the whole.
 Drafting writes KV of draft tokens where the pass that verifies will: to slots that are reserved for
 it, and, layer by layer, with the values that it will write again. That pass runs all layers; it
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from outrider.cache.pool import KVPool
 from outrider.draft.base import Snapshot, Surroundings, Warmth
-from outrider.errors import ConfigError, RequestError
+from outrider.draft.drawing import draft_law, draft_stream
+from outrider.errors import ConfigError
 from outrider.models.decoder import Decoder
 from outrider.models.runner import Piece, Runner
 from outrider.request import Option
-from outrider.sampling.rng import PositionStream, RootStream, Stream
+from outrider.sampling.rng import Stream
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
@@ -29,7 +30,7 @@ MAX_TAIL = 32  # tokens without KV that are worth running through the first laye
 
 
 @dataclass(eq=False, slots=True)
-class Course:
+class ExitCourse:
     """One row while it is being drafted.
 
     Attributes:
@@ -60,7 +61,7 @@ class Course:
         if self.stream is None and self.seq.shaper.is_plain_greedy and output.argmax_N[row] >= 0:
             self.tokens.append(output.argmax_N[row])
             return
-        q_V = self._law(output.logits_NV[row])
+        q_V = draft_law(self.seq, output.logits_NV[row], self.tokens)
         if q_V is None:
             self.depth = len(self.tokens)
         elif self.stream is None:
@@ -69,16 +70,6 @@ class Course:
             self.tokens.append(self.stream.pick(q_V))
             if self.seq.speculation.draft_sample_method == "probabilistic":
                 self.laws.append(q_V)
-
-    def _law(self, logits_V: Tensor) -> Tensor | None:
-        """None where the settings leave no token, or the logits are no numbers."""
-        seq = self.seq
-        try:
-            mask_V = seq.grammar.mask(self.tokens) if seq.grammar is not None else None
-            shaped_V: Tensor = seq.shaper.shape(logits_V, seq.tokens, self.tokens, mask_V)
-        except RequestError:
-            return None
-        return shaped_V.softmax(dim=0)
 
 
 class EarlyExitDrafter:
@@ -140,7 +131,7 @@ class EarlyExitDrafter:
 
     def draft(self, rows: Items[Row], plan: Plan) -> list[DraftTree]:
         courses = [_course(row, part) for row, part in zip(rows, plan, strict=True)]
-        by_layers: dict[int, list[Course]] = {}
+        by_layers: dict[int, list[ExitCourse]] = {}
         for course in courses:
             if not course.is_done:
                 by_layers.setdefault(self._num_layers(course.seq), []).append(course)
@@ -170,7 +161,7 @@ class EarlyExitDrafter:
             self._runners[num_layers] = Runner(network, first_layers(self.pool, num_layers))
         return self._runners[num_layers]
 
-    def _run(self, runner: Runner, courses: list[Course]) -> None:
+    def _run(self, runner: Runner, courses: list[ExitCourse]) -> None:
         while courses:
             output = runner.run([course.piece() for course in courses])
             self.num_forwards += 1
@@ -186,16 +177,9 @@ def first_layers(pool: KVPool, num_layers: int) -> KVPool:
     return first
 
 
-def _course(row: Row, plan: RowPlan) -> Course:
+def _course(row: Row, plan: RowPlan) -> ExitCourse:
     is_behind = row.seq.num_uncached > MAX_TAIL
     depth = 0 if is_behind else min(plan.depth, plan.num_nodes)
-    return Course(row.seq, depth, _stream(row.seq))
-
-
-def _stream(seq: Sequence) -> Stream | None:
-    """Where drafts are drawn from; None picks the argmax."""
-    if seq.shaper.is_greedy or seq.speculation.draft_sample_method == "greedy":
-        return None
-    if seq.speculation.draft_sample_method == "coupled":
-        return PositionStream(seq.seed, len(seq.tokens))
-    return RootStream(seq.seed, len(seq.tokens) - 1, "draft")
+    asked = row.seq.speculation.draft_sample_method
+    method = asked if asked in EarlyExitDrafter.sample_methods else "greedy"
+    return ExitCourse(row.seq, depth, draft_stream(row.seq, method))

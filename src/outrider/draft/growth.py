@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from outrider.draft.drawing import draft_stream
 from outrider.draft.tree_search import BestFirst, path_tokens
 from outrider.sampling.rng import PositionStream, RootStream, Stream
 from outrider.sequence import Sequence
@@ -94,7 +95,7 @@ class Line:
 class Siblings:
     """Siblings below the root drawn without replacement, and one drawn chain below each.
 
-    The shape is settled by the root's law before anything is drawn (algorithms.md 1.3, trap 2):
+    The shape is settled by the root's law before anything is drawn:
     `width` siblings, or as many as the law has tokens; what is left of `num_nodes` then lengthens
     the chain of the first sibling down to `depth`, then that of the second, and so on: whoever is
     drawn first is the likeliest to stand. A node's law is that given the siblings before it.
@@ -214,10 +215,13 @@ def plant(seq: Sequence, plan: RowPlan) -> Growth:
     if width == 1:
         is_alone = method == "independent"
         return Line(
-            depth, _stream(seq), is_recorded=method in RECORDED, num_paths=1 if is_alone else 0
+            depth,
+            draft_stream(seq, method),
+            is_recorded=method in RECORDED,
+            num_paths=1 if is_alone else 0,
         )
     if seq.shaper.is_greedy and method == "independent" and not seq.shaper.is_plain_greedy:
-        # The rule is consulted, and it wants paths: draws from a point mass are all equal.
+        # The rule is asked then, and it wants paths: draws from a point mass are all equal.
         return Line(depth, num_paths=width)
     if seq.shaper.is_greedy or method == "greedy":
         return BestFirst(width, depth, num_nodes)
@@ -241,13 +245,3 @@ def draw_siblings(q_V: Tensor, count: int, stream: Stream) -> list[tuple[int, Te
             q_V /= q_V.sum()
         drawn.append((stream.pick(q_V), q_V))
     return drawn
-
-
-def _stream(seq: Sequence) -> Stream | None:
-    """Where the tokens of a chain are drawn from; None picks the argmax."""
-    method = seq.speculation.draft_sample_method
-    if seq.shaper.is_greedy or method == "greedy":
-        return None
-    if method == "coupled":
-        return PositionStream(seq.seed, len(seq.tokens))
-    return RootStream(seq.seed, len(seq.tokens) - 1, "draft")

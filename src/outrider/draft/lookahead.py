@@ -1,6 +1,6 @@
 """Lookahead: the pass that verifies guesses further tokens too, many at once; no model drafts.
 
-Fu et al. 2024 (lookahead decoding); algorithms.md 4.8. A window of W columns holds N-1 rows of
+Fu et al. 2024 (lookahead decoding). A window of W columns holds N-1 rows of
 guesses: row 0 a chain of any tokens, each row below what the target said after the row above. When
 a pass has run the newest row, what the target says there ends one n-gram per column, which enters
 a pool under the token it began with; the oldest row then leaves. Window and the pool's n-grams of
@@ -34,6 +34,8 @@ from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
 Pool: TypeAlias = dict[int, list[tuple[int, ...]]]
+
+USUAL = {"window": 7, "ngram": 5, "guesses": 7}
 
 
 @dataclass(eq=False)
@@ -120,20 +122,18 @@ class LookaheadDrafter:
     default_num_nodes: int | None = 56  # (window + guesses) * (ngram - 1)
     sample_methods: tuple[str, ...] = ("greedy",)
     options: Mapping[str, Option] = {
-        "window": Option(
-            7, "columns; all run where num_draft_tokens >= window + ngram - 2", low=1, high=32
-        ),
-        "ngram": Option(
-            5, "n-gram length; the whole tree has (window + guesses)(ngram - 1) nodes", 2, 9
-        ),
+        "window": Option(0, "columns; 0: 7, or as many as K and num_nodes leave room for", 0, 32),
+        "ngram": Option(0, "n-gram length; 0: 5, or as long as there is room for", 0, 9),
         "guesses": Option(7, "n-grams kept and drafted per first token", low=1, high=32),
     }
 
     def check(self, spec: Speculation) -> None:
         """A window that was asked for must fit; the usual one begins smaller where it does not."""
-        window, ngram = self._setting(spec, "window"), self._setting(spec, "ngram")
-        if (window, ngram) == tuple(self.options[name].default for name in ("window", "ngram")):
+        window, ngram = _setting(spec, "window"), _setting(spec, "ngram")
+        if not (spec.options.get("window") or spec.options.get("ngram")):
             return
+        if ngram == 1:
+            raise RequestError("ngram=1: one token is no n-gram to verify; use 2 to 9")
         for name, least in (
             ("num_draft_tokens", window + ngram - 2),
             ("num_nodes", window * (ngram - 1)),
@@ -147,12 +147,12 @@ class LookaheadDrafter:
     def open(self, seq: Sequence) -> None:
         spec = seq.speculation
         longest, most = max(spec.num_draft_tokens, 1), max(spec.num_nodes, 1)
-        num_rows = min(self._setting(spec, "ngram") - 1, longest, most)
-        window = self._setting(spec, "window")
+        num_rows = min(_setting(spec, "ngram") - 1, longest, most)
+        window = _setting(spec, "window")
         seq.drafter_state[self.name] = LookaheadState(
             num_columns=min(window, longest - num_rows + 1, most // num_rows),
             num_rows=num_rows,
-            num_guesses=self._setting(spec, "guesses"),
+            num_guesses=_setting(spec, "guesses"),
         )
 
     def draft(self, rows: Items[Row], plan: Plan) -> list[DraftTree]:
@@ -194,9 +194,10 @@ class LookaheadDrafter:
         seq.drafter_state[self.name].pool = pool
         return len(seq.tokens)
 
-    def _setting(self, spec: Speculation, name: str) -> int:
-        """As asked for; as a part of another drafter, whose options these are not, the default."""
-        return int(spec.options.get(name, self.options[name].default))
+
+def _setting(spec: Speculation, name: str) -> int:
+    """As asked for, else the usual; as a part of another drafter the usual too."""
+    return int(spec.options.get(name) or USUAL[name])
 
 
 def with_window(trie: DraftTree, columns: list[list[int]]) -> tuple[DraftTree, list[int]]:

@@ -1,6 +1,6 @@
 """Prompt lookup: propose what followed the last occurrence of the text's own ending.
 
-Saxena 2023 (prompt lookup decoding); algorithms.md 4.9. The most recent match wins; the index is
+Saxena 2023 (prompt lookup decoding). The most recent match wins; the index is
 per sequence and costs O(longest n-gram) per committed token.
 """
 

@@ -1,6 +1,6 @@
 """Token Recycling: what a pass of the target found likely after each token is the next draft.
 
-Luo et al. 2024 (arXiv:2408.08696); algorithms.md 4.13. Each row of a pass, accepted or not, ranks
+Luo et al. 2024 (arXiv:2408.08696). Each row of a pass, accepted or not, ranks
 the successors of its token; a table remembers the last ranking of every token, and a draft follows
 it down a fixed tree: a node is its parent token's j-th successor.
 
@@ -10,11 +10,13 @@ C columns of a tree (the root, then its nodes).
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence as Items
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from outrider.draft.base import Snapshot, Surroundings, Warmth
 from outrider.request import Option
@@ -124,6 +126,24 @@ class RecycleDrafter:
     def close(self, seq: Sequence) -> None:
         seq.drafter_state.pop(self.name, None)
 
+    def shared(self, tenant: str) -> dict[str, Tensor]:
+        """Rows of the tokens that were met: ids int32 [U], their successors int32 [U, 8]."""
+        table = self.tables.get(tenant)
+        if table is None:
+            return {}
+        ids = np.flatnonzero(table[:, 0] != UNSEEN).astype(np.int32)
+        return {"ids": torch.from_numpy(ids), "successors": torch.from_numpy(table[ids])}
+
+    def take_shared(self, tenant: str, tensors: Mapping[str, Tensor]) -> int:
+        """Rows of tokens that were not met since; returns how many."""
+        if not _is_shared(tensors, *self._shape):
+            return 0
+        ids, successors = tensors["ids"].numpy(), tensors["successors"].numpy()
+        table = self.successors(tenant)
+        is_new = table[ids, 0] == UNSEEN
+        table[ids[is_new]] = successors[is_new]
+        return int(is_new.sum())
+
     def snapshot(self, seq: Sequence) -> Snapshot | None:
         """None: the table belongs to the engine, not to a sequence."""
         return None
@@ -147,7 +167,7 @@ class Template(NamedTuple):
     levels: tuple[Level, ...]
 
 
-@cache
+@lru_cache(maxsize=256)
 def template(num_nodes: int, depth: int, width: int) -> Template:
     """The tree that is expected to be accepted furthest: its nodes are the likeliest ones.
 
@@ -167,8 +187,8 @@ def template(num_nodes: int, depth: int, width: int) -> Template:
 def _likeliest(num_nodes: int, depth: int, width: int) -> Iterator[tuple[int, ...]]:
     """Best-first search: nodes as paths of ranks, by the product of their hit rates.
 
-    That product is the chance that the node is accepted, so the best N are the best tree
-    (algorithms.md 5.6). The published tree of 80 nodes says how many may lie at each depth.
+    That product is the chance that the node is accepted, so the best N are the best tree. The
+    published tree of 80 nodes says how many may lie at each depth.
     """
     room = list(PUBLISHED_LEVELS)
     if num_nodes != GPU_NODES or depth < len(room) or width < NUM_SUCCESSORS:
@@ -217,4 +237,18 @@ def _tree(tokens: list[int], parents: tuple[int, ...], source: str) -> DraftTree
         tokens=tuple(tokens[node] for node in kept),
         parents=tuple(node_of[parents[node]] for node in kept),
         source=source,
+    )
+
+
+def _is_shared(tensors: Mapping[str, Tensor], num_rows: int, num_successors: int) -> bool:
+    """Whether these are rows of a table of that shape; its last row belongs to no token."""
+    ids, successors = tensors.get("ids"), tensors.get("successors")
+    if ids is None or successors is None or not len(ids):
+        return False
+    return (
+        ids.dtype == successors.dtype == torch.int32
+        and ids.dim() == 1
+        and tuple(successors.shape) == (len(ids), num_successors)
+        and 0 <= int(ids.min()) <= int(ids.max()) < num_rows - 1
+        and 0 <= int(successors.min()) <= int(successors.max()) < num_rows - 1
     )

@@ -1,6 +1,6 @@
 """REST: a draft is what most often followed the text's ending in a corpus.
 
-He et al. 2023 (arXiv:2311.08252); algorithms.md 4.12. All places where the longest ending of the
+He et al. 2023 (arXiv:2311.08252). All places where the longest ending of the
 text stands in the corpus vote with what follows there; the heaviest nodes of the trie of their
 continuations are the tree.
 """

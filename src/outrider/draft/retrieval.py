@@ -1,6 +1,6 @@
 """LogitSpec: the logits that gave the last token also rank the one after it; n-grams go on.
 
-Liu et al. 2025 (arXiv:2507.01449); algorithms.md 4.14. The likeliest tokens of the row that the
+Liu et al. 2025 (arXiv:2507.01449). The likeliest tokens of the row that the
 root came from are tried as its children, and each is continued with what followed it earlier in
 the text, as the root itself is.
 

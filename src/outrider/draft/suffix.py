@@ -1,6 +1,6 @@
 """Suffix decoding: propose what most often followed the text's ending, here or in other answers.
 
-Oliaro et al. 2024; algorithms.md 4.10, and 4.11 for `mode="longest"`. Two trees are asked: one of
+Oliaro et al. 2024.10, and 4.11 for `mode="longest"`. Two trees are asked: one of
 the sequence's own prompt and output, one of all outputs of its tenant, past and in flight.
 """
 
@@ -34,7 +34,9 @@ class SuffixDrafter:
     Of the two trees' drafts the better score wins, then the longer match, then the sequence's own.
 
     Args:
-        max_shared_tokens: outputs held per tenant; the oldest are forgotten whole.
+        max_shared_tokens: outputs held for all tenants together, at some 80 bytes a token. A tenant
+            forgets its oldest outputs; where there are several, the one longest without a request
+            goes first.
         max_tenants: whose outputs are held; the tenant longest without a request is forgotten.
         depth: length of the longest string counted, match and draft together.
 
@@ -86,9 +88,16 @@ class SuffixDrafter:
         return [self._tree(row.seq, part) for row, part in zip(rows, plan, strict=True)]
 
     def confidence(self, seq: Sequence) -> float:
-        """Score of the last draft: how many tokens it expects to be right; 0.0 without one."""
+        """How many tokens of the last draft are expected to be right; 0.0 without one.
+
+        The longest match has no probabilities. A match of 5, from which SAM-Decoding trusts it,
+        counts as 2 tokens, and others in proportion.
+        """
         state: SuffixState | None = seq.drafter_state.get(self.name)
-        return state.guess.score if state is not None else 0.0
+        if state is None:
+            return 0.0
+        is_length = seq.speculation.options.get("mode") == "longest"
+        return state.guess.score * (2 / 5 if is_length else 1.0)
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
         """Answers in flight are there for others at once."""
@@ -109,11 +118,21 @@ class SuffixDrafter:
         self.open(seq)
         return len(seq.tokens)
 
+    def remember(self, tenant: str, answer: Items[int]) -> int:
+        """Enters a past answer of a tenant, as from a log; returns how many tokens were new.
+
+        0 where the answer's end is known: it was given, or remembered, here before.
+        """
+        return self._tenant(tenant).remember(answer)
+
     def _tenant(self, name: str) -> "SharedTexts":
         if name not in self._shared:
             self._shared[name] = SharedTexts(self.max_shared_tokens, self.depth)
         self._shared.move_to_end(name)
-        while len(self._shared) > self.max_tenants:
+        while len(self._shared) > self.max_tenants or (
+            len(self._shared) > 1
+            and sum(texts.num_tokens for texts in self._shared.values()) > self.max_shared_tokens
+        ):
             self._shared.popitem(last=False)  # sequences in flight keep theirs to their end
         return self._shared[name]
 
@@ -231,6 +250,17 @@ class SharedTexts:
         entry.num_tokens += count
         self.num_tokens += count
         self._forget()
+
+    def remember(self, answer: Items[int]) -> int:
+        """Enters a whole answer, unless its last `depth` tokens stand in the tree."""
+        if not answer or self.tree.count(array("i", answer[-self.tree.depth :])):
+            return 0
+        text, count = self.tree.open(), len(answer)
+        self._texts[text] = SharedText(text=text, num_read=count, num_tokens=count)
+        self.tree.extend(text, array("i", answer))
+        self.num_tokens += count
+        self._forget()
+        return count
 
     def _begin(self, seq: Sequence, num_read: int) -> SharedText:
         """A new text, also for an answer whose beginning was forgotten while it went on."""

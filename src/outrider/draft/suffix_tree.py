@@ -1,7 +1,7 @@
 """SuffixTree: counts of the substrings of growing texts, and drafts from them; and its plain form.
 
-Oliaro et al. 2024 (SuffixDecoding); Hu et al. 2024 (SAM-Decoding) for the longest match;
-algorithms.md 4.10, 4.11. `native/` holds the fast one.
+Oliaro et al. 2024 (SuffixDecoding); Hu et al. 2024 (SAM-Decoding) for the longest match.
+`native/` holds the fast one.
 """
 
 from collections import defaultdict

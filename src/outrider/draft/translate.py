@@ -1,7 +1,7 @@
 """A draft model with another vocabulary: its drafts are translated, as tokens or as text.
 
 Timor et al. 2025, "Accelerating LLM Inference with Lossless Speculative Decoding Algorithms for
-Heterogeneous Vocabularies" (algorithms.md 4.2): token-level intersection and string-level exact
+Heterogeneous Vocabularies": token-level intersection and string-level exact
 match.
 
 Shape legend: D ids of the draft model, T ids of the target.
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from outrider.cache.table import BlockManager, BlockTable
 from outrider.draft.base import ModelParts, Snapshot, Surroundings, Warmth
+from outrider.draft.drawing import draft_law, draft_stream
 from outrider.draft.retokenize import DraftLog, TextLog, TokenLog, common_length, whole_characters
 from outrider.draft.vocabulary_map import Dialect, VocabularyMap
 from outrider.errors import ConfigError, RequestError, TokenizerError
 from outrider.models.runner import Piece, Runner
-from outrider.request import MAX_DRAFT_TOKENS, Option
-from outrider.sampling.rng import PositionStream, RootStream, Stream
+from outrider.request import MAX_DRAFT_TOKENS, Option, Speculation
+from outrider.sampling.rng import Stream
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, TargetOutput
 
@@ -129,6 +130,19 @@ class TranslateDrafter:
         ways = {"auto": usual, "tokens": tokens, "strings": strings}
         return cls(draft.runner, draft.manager, ways)
 
+    def check(self, spec: Speculation) -> None:
+        """Text that is encoded anew has no law: it is picked, whoever verifies it."""
+        way = self.ways[str(spec.options.get("by", "auto"))]
+        if isinstance(way, Strings) and spec.draft_sample_method in (
+            "probabilistic",
+            "independent",
+        ):
+            raise RequestError(
+                f"draft_sample_method={spec.draft_sample_method!r}: drafts of {self.name} are "
+                "strings here, picked without a law; use draft_sample_method='greedy', or "
+                "drafter_options={'by': 'tokens'}"
+            )
+
     def open(self, seq: Sequence) -> None:
         """Costs nothing: text is read and blocks are taken when the first draft is asked for."""
 
@@ -226,7 +240,8 @@ class Tokens:
         return depth
 
     def course(self, seq: Sequence, state: DraftState, depth: int) -> Course:
-        return TokenCourse(seq, state, depth, self.words, _stream(seq))
+        stream = draft_stream(seq, seq.speculation.draft_sample_method)
+        return TokenCourse(seq, state, depth, self.words, stream)
 
     def _ids_of(self, token: int) -> tuple[int, ...]:
         """Draft ids that stand for one target id: its equal, or else its text, or its bytes."""
@@ -300,14 +315,11 @@ class TokenCourse:
         seq = self.seq
         if self.stream is None and seq.shaper.is_plain_greedy:
             return int(logits_T.argmax())
-        try:
-            mask_T = seq.grammar.mask(self.tokens) if seq.grammar is not None else None
-            shaped_T: Tensor = seq.shaper.shape(logits_T, seq.tokens, self.tokens, mask_T)
-        except RequestError:
+        q_T = draft_law(seq, logits_T, self.tokens)
+        if q_T is None:
             return -1
         if self.stream is None:
-            return int(shaped_T.argmax())
-        q_T = shaped_T.softmax(dim=0)
+            return int(q_T.argmax())
         if seq.speculation.draft_sample_method == "probabilistic":
             self.laws.append(q_T)
         return self.stream.pick(q_T)
@@ -387,15 +399,6 @@ def _piece(course: Course, budget: int) -> Piece:
     chain = behind + drafted[max(0, start - len(log)) :][: budget - len(behind)]
     reaches_end = start + len(chain) == len(log) + len(drafted)
     return Piece(state.table, start, chain, EMPTY_TREE, reaches_end)
-
-
-def _stream(seq: Sequence) -> Stream | None:
-    """Where drafts are drawn from; None picks the argmax."""
-    if seq.shaper.is_greedy or seq.speculation.draft_sample_method == "greedy":
-        return None
-    if seq.speculation.draft_sample_method == "coupled":
-        return PositionStream(seq.seed, len(seq.tokens))
-    return RootStream(seq.seed, len(seq.tokens) - 1, "draft")
 
 
 def _dialect(parts: ModelParts, which: str) -> Dialect:

@@ -18,14 +18,14 @@ class BestFirst:
 
     A node is worth no more than its parent, so the best nodes form a tree, and expected accepted
     tokens, the sum of these products, are the most that any tree of that size has (EAGLE-2, Li et
-    al. 2024; OPT-Tree, Wang et al. 2024; algorithms.md 5.6). Each round expands those that are
+    al. 2024; OPT-Tree, Wang et al. 2024). Each round expands those that are
     still among the best of what is known: who falls out never comes back, for a round only adds
     rivals. Children are the `width` likeliest tokens, down to `depth`.
 
-    With noise, siblings are the tokens with the largest log q + g, one g per depth (algorithms.md
-    3.3). The target will take the largest log p + g; how likely that is each of them depends on how
-    far p is from q, for which softmax(log q + g) stands in: it has their order, and is the surer
-    the further the first is ahead.
+    With noise, siblings are the tokens with the largest log q + g, one g per depth. The target will
+    take the largest log p + g; how likely that is each of them depends on how far p is from q, for
+    which softmax(log q + g) stands in: it has their order, and is the surer the further the first
+    is ahead.
 
     Args:
         noise: (depth of the parent, V) -> g_V; None ranks by q alone.

@@ -126,7 +126,7 @@ class VocabularyMap:
         """Rows (or one row) of draft logits over the target's vocabulary; -inf elsewhere.
 
         Their softmax is the draft law given that its token is one of the target's: where draft ids
-        stand for one target id their probabilities add up (algorithms.md 1.3, trap 4).
+        stand for one target id their probabilities add up.
         """
         shape = (*logits.shape[:-1], self.num_target)
         mapped = logits.new_full(shape, float("-inf"))

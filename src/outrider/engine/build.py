@@ -19,7 +19,7 @@ from outrider.models.network import load_network
 from outrider.models.runner import Runner
 from outrider.ops.choose import choose
 from outrider.quant.schemes import find_scheme
-from outrider.registry import DRAFTERS
+from outrider.registry import DRAFTERS, OURS
 from outrider.request import OFF, SpeculationParams
 from outrider.sampling.grammar import GrammarCompiler
 from outrider.tokenizer import Tokenizer, load_tokenizer, same_vocabulary
@@ -227,7 +227,7 @@ def _unasked_drafters() -> Iterator[str]:
         for part in DRAFTERS:
             if part.name in (MODEL_DRAFTER, TRANSLATOR):
                 continue
-            if _can_be_had(part.name, is_stranger=part.source != "outrider"):
+            if _can_be_had(part.name, is_stranger=part.source != OURS):
                 yield part.name
     except ConfigError as error:  # two plug-ins of one name: neither can be meant
         logger.warning("plug-ins skipped: %s", error)

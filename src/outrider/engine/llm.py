@@ -8,7 +8,7 @@ from typing import Any
 
 from outrider.engine.build import LoadConfig, build, speculation_params
 from outrider.engine.outputs import Completion, RequestOutput
-from outrider.engine.prompts import Message, Prompt, make_request, short
+from outrider.engine.prompts import Message, Prompt, make_request, short, with_prediction
 from outrider.engine.resolve import resolve
 from outrider.errors import RequestError
 from outrider.request import Request, SamplingParams, SpeculationParams, StreamParams
@@ -213,7 +213,7 @@ class LLM:
         """The default is refused at once where no request could be served with it."""
         engine = self.engine
         resolve(
-            self.speculation,
+            with_prediction(self.speculation, self.tokenizer),
             SamplingParams(),
             engine.drafters,
             engine.default_drafter,

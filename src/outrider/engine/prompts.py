@@ -50,7 +50,7 @@ def make_request(
         id=request_id,
         prompt_token_ids=encode(prompt, tokenizer),
         sampling=sampling,
-        speculation=_with_prediction(speculation, tokenizer),
+        speculation=with_prediction(speculation, tokenizer),
         stream=stream,
         seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
         priority=priority,
@@ -59,7 +59,7 @@ def make_request(
     )
 
 
-def _with_prediction(
+def with_prediction(
     speculation: SpeculationParams, tokenizer: Tokenizer | None
 ) -> SpeculationParams:
     """The expected text as token ids, as they would continue a prompt."""

@@ -12,6 +12,7 @@ from outrider.request import (
     MAX_NODES,
     OFF,
     Option,
+    Options,
     SamplingParams,
     Speculation,
     SpeculationParams,
@@ -43,43 +44,61 @@ def resolve(
             together.
     """
     rule, rule_options = _rule(params, sampling)
+    plain = Speculation(verifier=rule.name, verifier_options=rule_options)
     name = params.method if params.method is not None else default
     if name in ("", OFF):
         _refuse_unused(params, name)
-        return Speculation(verifier=rule.name, verifier_options=rule_options)
+        return plain
     drafter = _drafter(name, drafters)
-    options = _options("drafter_options", name, drafter.options, params.drafter_options)
-    parts = drafter.parts(options) if isinstance(drafter, Composes) else ()
+    options, parts = _composed(drafter, params)
     members = [drafters[part] for part in parts] or [drafter]
-    _check_model(params, name, draft_model)
-    _check_lookup(params, name, [member.name for member in members])
-    prediction = _prediction(params, members)
+    _check_model(params, [member.name for member in members], draft_model)
+    _check_lookup(params, name, [member.name for member in members], options)
     width = _width(params, drafter)
+    num_draft_tokens, num_nodes = _size(params, drafter, width)
     method = _sample_method(params, name, members, rule, width)
-    _check_kinds(members, method, width, rule)
-    if params.is_off:
-        return Speculation(verifier=rule.name, verifier_options=rule_options)
     low, high = _lookup(params)
-    k = params.num_draft_tokens
-    k = drafter.default_draft_tokens if k is None else k
     found = Speculation(
         drafter=name,
         parts=parts,
-        num_draft_tokens=k,
+        num_draft_tokens=num_draft_tokens,
         width=width,
-        num_nodes=params.num_nodes or drafter.default_num_nodes or min(k * width, MAX_NODES),
+        num_nodes=num_nodes,
         verifier=rule.name,
         verifier_options=rule_options,
         options=options,
-        prediction=prediction,
+        prediction=_prediction(params, members),
         draft_sample_method=method,
         prompt_lookup_min=low,
         prompt_lookup_max=high,
     )
+    _check_kinds(members, found, rule)
     for member in dict.fromkeys((drafter, *members)):
         if isinstance(member, Checks):
             member.check(found)
-    return found
+    return plain if params.is_off else found
+
+
+def _composed(drafter: Drafter, params: SpeculationParams) -> tuple[Options, tuple[str, ...]]:
+    """Options of the drafter, every one of them, and the parts they name."""
+    given = params.drafter_options
+    if not isinstance(drafter, Composes):
+        return _options("drafter_options", drafter.name, drafter.options, given), ()
+    known = drafter.options_for(given)
+    options = _options("drafter_options", drafter.name, known, given)
+    return options, drafter.parts(options)
+
+
+def _size(params: SpeculationParams, drafter: Drafter, width: int) -> tuple[int, int]:
+    """K and the most nodes of a tree."""
+    k, num_nodes = params.num_draft_tokens, params.num_nodes
+    if num_nodes is not None and params.width is not None and num_nodes < params.width:
+        raise RequestError(
+            f"num_nodes={num_nodes}: has no room for width={params.width} branches; use "
+            f"num_nodes={params.width} or more"
+        )
+    k = drafter.default_draft_tokens if k is None else k
+    return k, num_nodes or drafter.default_num_nodes or min(k * width, MAX_NODES)
 
 
 def _refuse_unused(params: SpeculationParams, name: str) -> None:
@@ -151,8 +170,8 @@ def _prediction(params: SpeculationParams, members: Items[Drafter]) -> tuple[int
     ids = params.prediction_token_ids
     if wants and ids is None:
         raise RequestError(
-            "method='prediction': give the expected text as prediction=... (or its token ids as "
-            "prediction_token_ids=...)"
+            "prediction: this method reads one; give the expected text as prediction=... (or its "
+            "token ids as prediction_token_ids=...)"
         )
     if ids is not None and not wants:
         names = ", ".join(member.name for member in members)
@@ -180,11 +199,12 @@ def _missing_model(name: str, drafters: Drafters) -> str:
     return f"method={name!r}: the draft model here has {kind} vocabulary; use method={other!r}"
 
 
-def _check_model(params: SpeculationParams, name: str, draft_model: str) -> None:
+def _check_model(params: SpeculationParams, members: Items[str], draft_model: str) -> None:
     if params.model is None:
         return
-    if name not in MODEL_METHODS:
-        raise RequestError(f"model={params.model!r}: method {name!r} has no draft model; drop it")
+    if not set(members) & set(MODEL_METHODS):
+        names = ", ".join(members)
+        raise RequestError(f"model={params.model!r}: method {names!r} has no draft model; drop it")
     if params.model != draft_model:
         raise RequestError(
             f"model={params.model!r}: the engine has draft model {draft_model!r}; drop the key, or "
@@ -192,10 +212,14 @@ def _check_model(params: SpeculationParams, name: str, draft_model: str) -> None
         )
 
 
-def _check_lookup(params: SpeculationParams, name: str, members: Items[str]) -> None:
+def _check_lookup(
+    params: SpeculationParams, name: str, members: Items[str], options: Options
+) -> None:
+    if "ngram" in members or options.get("inner") == "ngram":
+        return
     for key in ("prompt_lookup_min", "prompt_lookup_max"):
         value = getattr(params, key)
-        if value is not None and "ngram" not in members:
+        if value is not None:
             raise RequestError(f"{key}={value}: method {name!r} does not look up n-grams; drop it")
 
 
@@ -234,8 +258,9 @@ def _sample_method(
     return "greedy"
 
 
-def _check_kinds(members: Items[Drafter], method: str, width: int, rule: Verifier) -> None:
+def _check_kinds(members: Items[Drafter], spec: Speculation, rule: Verifier) -> None:
     """A rule keeps its promise only for the kinds of proposal it declares."""
+    method, width = spec.draft_sample_method, spec.width
     for member in members:
         kind = _kind(member, method, width)
         if kind in rule.accepts or (method == "coupled" and rule.keyed_by == "position"):
@@ -243,9 +268,9 @@ def _check_kinds(members: Items[Drafter], method: str, width: int, rule: Verifie
         known = ", ".join(sorted(k.value for k in rule.accepts))
         chain = "width=1 or " if width > 1 and _kind(member, method, 1) in rule.accepts else ""
         raise PairError(
-            f"verifier={rule.name!r} takes {known}; {member.name} with width={width} and "
-            f"draft_sample_method={method!r} drafts a {kind.value}: use {chain}"
-            f"verifier={DEFAULT_VERIFIER!r}"
+            f"verifier={rule.name!r} takes {known}; with width={width} and "
+            f"draft_sample_method={method!r}, the best it would take of {member.name}, that drafts "
+            f"a {kind.value}: use {chain}verifier={DEFAULT_VERIFIER!r}"
         )
 
 

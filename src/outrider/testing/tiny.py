@@ -1,7 +1,7 @@
 """A tiny random model, a byte tokenizer, and an engine of them: a whole loop in milliseconds."""
 
-from collections.abc import Mapping, Sequence as Items
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence as Items
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 
@@ -20,7 +20,10 @@ from outrider.ops.choose import choose
 from outrider.quant.schemes import find_scheme
 from outrider.registry import DRAFTERS
 from outrider.request import Request
+from outrider.sampling.grammar import GrammarCompiler
 from outrider.stream.events import Committed, Event
+
+Made: TypeAlias = str | Callable[[], Drafter]
 
 VOCAB_SIZE = 256
 EOS = 3
@@ -53,6 +56,10 @@ class ByteTokenizer:
 
     def decode(self, ids: Items[int], skip_special_tokens: bool = True) -> str:
         return bytes(i for i in ids if i > 3 or not skip_special_tokens).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        """What a grammar must know."""
+        return [bytes([i]) if i not in self.special_ids else b"" for i in range(VOCAB_SIZE)]
 
 
 def tiny_decoder(
@@ -98,7 +105,7 @@ def tiny_engine(
     *,
     num_blocks: int = 256,
     block_size: int = 4,
-    drafters: Items[Drafter | str] | None = None,
+    drafters: Items[Drafter | Made] | None = None,
     draft_seed: int | None = 0,
     draft_noise: float = 0.0,
     target: Decoder | None = None,
@@ -110,8 +117,9 @@ def tiny_engine(
     """An engine over tiny models that proves its KV after every step.
 
     Args:
-        drafters: further drafters beside `ngram` and `draft_model`; a name is built as an engine
-            does, after those before it.
+        drafters: drafters beside `ngram` and `draft_model`, or in their place where one has that
+            name. A registered name, a class or a function is made into one as an engine does, after
+            those before it; a class that has `build` is shown this engine's models.
         datastore: folder for drafters that retrieve from one.
         draft_seed: seed of the draft model; 0 is the target itself, None loads none.
         draft_noise: added to the draft model's weights; 0.01 on the target's own is accepted
@@ -124,24 +132,36 @@ def tiny_engine(
         **{"block_size": block_size, "check_integrity": True, "max_num_seqs": 16, **(options or {})}
     )
     given = list(drafters or ())
-    mine: list[Drafter] = [NgramDrafter(), *(d for d in given if not isinstance(d, str))]
+    ready = [d for d in given if not _is_to_be_made(d)]
+    mine: dict[str, Drafter] = {d.name: d for d in (NgramDrafter(), *ready)}
     draft = None
     if draft_seed is not None:
         network = tiny_decoder(draft_seed, noise=draft_noise, kernels=kernels)
         draft = _pooled(network, num_blocks, config)
-        mine.append(ModelDrafter(draft.runner, draft.manager, VOCAB_SIZE))
+        usual = ModelDrafter(draft.runner, draft.manager, VOCAB_SIZE)
+        mine.setdefault(usual.name, usual)
     parts = _pooled(target, num_blocks, config)
-    for name in (d for d in given if isinstance(d, str)):
-        around = Surroundings(
-            target=parts,
-            draft=draft,
-            datastore=datastore,
-            drafters={drafter.name: drafter for drafter in mine},
-        )
-        found = DRAFTERS.load(name)
-        mine.append(found.build(around) if hasattr(found, "build") else found())
+    for part in given:
+        if _is_to_be_made(part) and part not in mine:
+            around = Surroundings(target=parts, draft=draft, datastore=datastore, drafters=mine)
+            made = _made(part, around)
+            mine[made.name] = made
+    spec = target.spec
     engine.setdefault("tokenizer", ByteTokenizer())
-    return Engine(parts.runner, parts.manager, config, drafters=mine, **engine)
+    engine.setdefault(
+        "grammars", GrammarCompiler(ByteTokenizer(), spec.vocab_size, spec.eos_token_ids)
+    )
+    return Engine(parts.runner, parts.manager, config, drafters=list(mine.values()), **engine)
+
+
+def _is_to_be_made(part: Drafter | Made) -> TypeGuard[Made]:
+    return isinstance(part, str) or callable(part)
+
+
+def _made(part: Made, around: Surroundings) -> Drafter:
+    make = DRAFTERS.load(part) if isinstance(part, str) else part
+    made: Drafter = make.build(around) if hasattr(make, "build") else make()
+    return made
 
 
 def run(engine: Engine, requests: Items[Request]) -> dict[tuple[str, int], list[int]]:

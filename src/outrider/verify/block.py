@@ -16,7 +16,7 @@ from outrider.verify.base import CHAINS, Exactness
 
 
 class BlockVerifier:
-    """Block verification of chains (Sun et al. 2024, algorithm 2; algorithms.md 3.4).
+    """Block verification of chains (Sun et al. 2024, algorithm 2).
 
     Invariant: the output law is the target's. The prefix of length i stands in the end with
     probability weight_i, so E[accepted] = sum_i E_q[weight_i]: never less than token rejection,

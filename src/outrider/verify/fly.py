@@ -22,7 +22,7 @@ READINGS = ("strict", "released", "paper")
 
 
 class FlyVerifier:
-    """Loosely speculative decoding of chains (Li et al. 2025, FLy; algorithms.md 3.13).
+    """Loosely speculative decoding of chains (Li et al. 2025, FLy).
 
     A draft matches where token rejection accepts it: u < p/q, at temperature 0 equality with the
     argmax. A mismatch is tolerated if the target is unsure there (entropy of its own law at least

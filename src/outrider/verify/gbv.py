@@ -23,9 +23,9 @@ RULES = ("selection", "recursive")
 class GbvVerifier:
     """Multi-draft block verification of M i.i.d. chains.
 
-    "selection" (Thomas and Pal 2026; algorithms.md 3.9): the largest chain in a fixed order is
+    "selection" (Thomas and Pal 2026): the largest chain in a fixed order is
     verified as a block against the law of the largest of M, at O(V log V) per depth.
-    "recursive" (algorithms.md 3.10): chain after chain, in draw order, has what it adds to the
+    "recursive": chain after chain, in draw order, has what it adds to the
     accepted path verified as a block against what is left of the target there; O(V).
 
     SpecTr-GBV (Lin et al. 2026) is another rule, and is not what this is: its acceptance

@@ -22,7 +22,7 @@ INDEPENDENT = frozenset({Kind.DRAWN_CHAIN, Kind.DRAWN_CHAINS})
 
 
 class SpectrVerifier:
-    """k-SEQ at every node of M chains (Sun et al. 2023, algorithm 2; algorithms.md 3.7).
+    """k-SEQ at every node of M chains (Sun et al. 2023, algorithm 2).
 
     The candidates at a node are the next tokens of the chains that are still on the accepted path,
     duplicates included, in draw order; each stands with min(1, p / (r q)). The least valid r looks

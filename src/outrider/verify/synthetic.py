@@ -17,7 +17,7 @@ DEFAULT_GEOMETRIC = 0.7
 
 
 class SyntheticVerifier:
-    """Accepts the first i drafts with joint probability r_i (algorithms.md 3.14).
+    """Accepts the first i drafts with joint probability r_i.
 
     It measures a system apart from its drafter. E[acceptance length] = 1 + sum_{i<=K} r_i. Each
     sequence tosses coins of its own, with r_i / r_{i-1}, down the first child of every node; the

@@ -18,7 +18,7 @@ from outrider.verify.block import excess, remaining_weight, weigh
 
 
 class TraversalVerifier:
-    """Traversal verification, from the leaves up (Weng et al. 2025; algorithms.md 3.8).
+    """Traversal verification, from the leaves up (Weng et al. 2025).
 
     Block verification on trees: on a chain it is that rule. It accepts no less than recursive
     rejection of the same tree. Independently drawn chains are read as the tree of their distinct

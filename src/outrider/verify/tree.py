@@ -17,7 +17,7 @@ from outrider.verify.block import correction, weigh
 
 
 class TreeVerifier:
-    """Recursive rejection, from the root down (Miao et al. 2023; algorithms.md 3.6).
+    """Recursive rejection, from the root down (Miao et al. 2023).
 
     Chen et al. 2024 (Sequoia) try siblings drawn without replacement; here a candidate may come
     from any law, a point mass too, as long as it is the law given the candidates before it.

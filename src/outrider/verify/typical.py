@@ -19,7 +19,7 @@ FLOOR = 1e-5  # added to p inside the logarithm of the entropy, as in the paper'
 
 
 class TypicalVerifier:
-    """Typical acceptance (Cai et al. 2024, Medusa, section 2.3; algorithms.md 3.12).
+    """Typical acceptance (Cai et al. 2024, Medusa, section 2.3).
 
     A token stands if p > min(epsilon, delta * exp(-H)): an unsure target lets more pass. Of the
     longest paths that stand the likeliest is taken, then the target's argmax. The laws that drafts

@@ -1,10 +1,10 @@
 """Verifiers: hands each row's tree, laws and random stream to the rule its request chose."""
 
-from functools import cache
+from functools import lru_cache
 from typing import TypeAlias
 
 from outrider.errors import RequestError
-from outrider.registry import VERIFIERS
+from outrider.registry import OURS, VERIFIERS
 from outrider.sampling.laws import TargetLaws, shape_roots
 from outrider.sampling.rng import PositionStream, RootStream, Stream
 from outrider.sequence import Sequence
@@ -15,16 +15,21 @@ from outrider.verify.sampled import walk
 Settings: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]
 
 
-@cache
+@lru_cache(maxsize=256)
 def verifier(name: str, options: Settings = ()) -> Verifier:
     """The rule of that name; rules keep no state. ConfigError for an unknown name."""
     made: Verifier = VERIFIERS.load(name)(**dict(options))
     return made
 
 
-@cache
-def is_lossy(name: str) -> bool:
-    return verifier(name).exactness in (Exactness.LOSSY, Exactness.SYNTHETIC)
+@lru_cache(maxsize=256)
+def comes_to_argmax(name: str) -> bool:
+    """Whether at temperature 0 the rule is the walk along the argmax, and need not be asked.
+
+    All exact ones are in law; of a stranger's only its own verdict is taken.
+    """
+    is_exact = verifier(name).exactness in (Exactness.EXACT, Exactness.EXACT_GREEDY)
+    return is_exact and any(part.name == name and part.source == OURS for part in VERIFIERS)
 
 
 class Verifiers:
@@ -48,7 +53,7 @@ class Verifiers:
 
 def _greedy(seq: Sequence, tree: DraftTree, output: TargetOutput, first: int) -> Verdict | None:
     """For rows whose law is the argmax of the logits every exact rule comes to this; else None."""
-    if not seq.shaper.is_plain_greedy or is_lossy(seq.speculation.verifier):
+    if not seq.shaper.is_plain_greedy or not comes_to_argmax(seq.speculation.verifier):
         return None
     argmax_N = output.argmax_N
     if not tree.tokens:
@@ -71,7 +76,10 @@ def _laws(seq: Sequence, tree: DraftTree, output: TargetOutput, first: int) -> T
 
 
 def _verdict(seq: Sequence, tree: DraftTree, p: TargetLaws) -> Verdict:
-    rule = verifier(seq.speculation.verifier, seq.speculation.verifier_options)
+    name, options = seq.speculation.verifier, seq.speculation.verifier_options
+    if seq.shaper.is_plain_greedy and comes_to_argmax(name):
+        name, options = "greedy", ()  # a row without numbers: the walk tells what is wrong
+    rule = verifier(name, options)
     try:
         return rule.verify(tree, p, _stream(seq, rule))
     except RequestError as error:
