@@ -19,7 +19,7 @@ from outrider.models.weights import tensor_shapes
 from outrider.ops.choose import choose
 from outrider.request import Request, SamplingParams, SpeculationParams
 from outrider.step import EMPTY_TREE, DraftTree
-from outrider.testing import check_drafter, checks, run, tiny_engine
+from outrider.testing import check_drafter, run
 from outrider.testing.tiny import TINY
 
 OFF = SpeculationParams(method="off")
@@ -277,17 +277,8 @@ def test_completions_of_one_prompt_draft_each_for_itself():
     assert len(set(map(tuple, told[0].values()))) == 3
 
 
-def test_identity_by_the_suite(monkeypatch):
-    """The suite makes a drafter before its engine; here it gets the target when that is there."""
-
-    def engine_around(drafters=(), **more):
-        engine = tiny_engine(drafters=drafters, **more)
-        for drafter in drafters:
-            drafter.__init__(engine.runner.network, engine.runner.pool)
-        return engine
-
-    monkeypatch.setattr(checks, "tiny_engine", engine_around)
-    check_drafter(lambda: EarlyExitDrafter.__new__(EarlyExitDrafter))
+def test_the_conformance_suite_over_a_deeper_target():
+    check_drafter(EarlyExitDrafter, target=target(later=0.1))
 
 
 def test_rows_of_one_depth_share_their_passes():

@@ -1,5 +1,7 @@
 """Every way to draft beside every way to verify: the same tokens, alone and mixed in one batch."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ SHAPED = SamplingParams(
     min_tokens=8,
 )
 GRAMMAR = SamplingParams(max_tokens=32, temperature=0.7, regex="[a-z]{3,40}( [a-z]{1,9})*")
-SAMPLINGS = {"greedy": GREEDY, "sampled": SAMPLED, "shaped": SHAPED}
+SAMPLINGS = {"greedy": GREEDY, "sampled": SAMPLED, "shaped": SHAPED, "constrained": GRAMMAR}
 GUESS = tuple((5 * j) % 90 + 30 for j in range(40))
 METHODS = {
     "ngram": {"method": "ngram", "prompt_lookup_min": 1},
@@ -98,6 +100,11 @@ def requests(sampling, speculations):
     ]
 
 
+def texts(tokens):
+    """What is read, end tokens left out."""
+    return [ByteTokenizer().decode(ids) for ids in tokens.values()]
+
+
 def test_no_drafter_is_forgotten():
     built_in = {part.name for part in DRAFTERS if part.source == "outrider"}
     tested = {setting["method"] for setting in METHODS.values()}
@@ -108,6 +115,8 @@ def test_no_drafter_is_forgotten():
 @pytest.mark.parametrize("name", METHODS)
 def test_tokens_are_those_of_plain_decoding(engine, name, kind):
     plain = run(engine(), requests(SAMPLINGS[kind], [{"method": "off"}] * 4))
+    if kind == "constrained":
+        assert all(re.fullmatch(r"[a-z]{3}[a-z ]*", text) for text in texts(plain))
     drafted = engine()
     assert run(drafted, requests(SAMPLINGS[kind], [METHODS[name]] * 4)) == plain
     assert drafted.manager.num_used == 0
@@ -135,7 +144,11 @@ def test_all_methods_in_one_batch_under_pressure(engine, kind):
 def test_n_completions_with_every_method(engine):
     sampling = SamplingParams(max_tokens=12, temperature=0.9, n=3, ignore_eos=True)
     plain = run(engine(), requests(sampling, [{"method": "off"}] * len(METHODS)))
-    assert run(engine(), requests(sampling, METHODS.values())) == plain
+    told = events(engine(), requests(sampling, METHODS.values()))
+    assert {key: [t for e in mine for t in e.token_ids] for key, mine in told.items()} == plain
+    for i, name in enumerate(METHODS):
+        drafted = sum(told[f"r{i}", index][-1].metrics.num_draft_tokens for index in range(3))
+        assert drafted > 0, f"{name} drafted nothing: nothing was tested"
 
 
 EXACT = [
@@ -179,6 +192,7 @@ def test_every_exact_rule_is_greedy_decoding_at_temperature_zero(engine, name, v
     if not is_refused(made, GREEDY, name, verifier):
         plain = run(engine(), requests(GREEDY, [{"method": "off"}] * 2))
         assert run(made, requests(GREEDY, [setting] * 2)) == plain
+        assert made.stats.num_draft_tokens > 0, "nothing was drafted: nothing was tested"
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS.names())
@@ -199,3 +213,23 @@ def test_every_rule_serves_every_kind_it_declares(engine, name, verifier):
         assert last.metrics.exactness == rule.exactness.value
         if rule.exactness in (Exactness.EXACT, Exactness.EXACT_GREEDY):
             assert 70 not in tokens, "a forbidden token came out"
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS.names())
+def test_every_rule_keeps_to_a_grammar_with_every_kind_it_declares(engine, verifier):
+    """The lossy ones too; the one that cannot says so."""
+    rule, made = VERIFIERS.load(verifier), engine()
+    if rule.exactness is Exactness.SYNTHETIC:
+        with pytest.raises(PairError, match="grammar"):
+            run(made, requests(GRAMMAR, [{"method": "ngram", "verifier": verifier}]))
+        return
+    sampling = replace(GRAMMAR, temperature=0.0) if rule.greedy_only else GRAMMAR
+    settings = [
+        {**setting, "verifier": verifier}
+        for name, setting in METHODS.items()
+        if not is_refused(made, sampling, name, verifier)
+    ]
+    told = run(made, requests(sampling, settings))
+    assert len(told) == len(settings) > 4
+    assert all(re.fullmatch(r"[a-z]{3}[a-z ]*", text) for text in texts(told))
+    assert made.stats.num_draft_tokens > 0

@@ -317,3 +317,13 @@ def test_a_prediction_may_be_text_by_default_and_per_request():
         output = llm.generate("import", sampling, speculation)[0]
         assert output.token_ids == plain.token_ids
         assert output.metrics.num_draft_tokens > 0
+
+
+def test_a_response_names_the_reading_of_a_lossy_rule():
+    llm = LLM("demo")
+    speculation = {"method": "draft_model", "verifier": "fly"}
+    for options, reading in (({}, "strict"), ({"reading": "paper"}, "paper")):
+        asked = {**speculation, "verifier_options": options}
+        metrics = llm.generate("import", SamplingParams(max_tokens=8), asked)[0].metrics
+        assert (metrics.exactness, metrics.verifier) == ("lossy", "fly")
+        assert metrics.verifier_options["reading"] == reading

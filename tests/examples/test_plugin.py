@@ -15,32 +15,46 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "outrider_echo"
 
 CHECKS = """
-from outrider.registry import DRAFTERS, VERIFIERS
+from outrider.registry import VERIFIERS
 from outrider.testing import check_drafter, check_verifier
 
-check_drafter(DRAFTERS.load("echo"))
-for most in (0, 1, 2):
+check_drafter("echo")
+check_drafter("echo", speculation={"drafter_options": {"period": 3}, "verifier": "cautious"})
+for most in (0, 2):
     check_verifier(VERIFIERS.load("cautious")(most=most))
 """
 
 USE = """
 from outrider.request import Request, SamplingParams, SpeculationParams
 from outrider.testing import events, tiny_engine
+
+def told(**asked):
+    sampling = SamplingParams(max_tokens=40, temperature=0.3, ignore_eos=True)
+    speculation = SpeculationParams(**asked)
+    request = Request(
+        id="r", prompt_token_ids=(9, 7, 9, 7), sampling=sampling, speculation=speculation, seed=2
+    )
+    found = events(tiny_engine(drafters=["echo"]), [request])["r", 0]
+    return [t for event in found for t in event.token_ids], found
+
+plain, _ = told(method="off")
+echo = {"method": "echo", "num_draft_tokens": 3, "drafter_options": {"period": 2}}
+for most in (0, 1, 2, 3):
+    tokens, found = told(**echo, verifier="cautious", verifier_options={"most": most})
+    assert tokens == plain
+    assert max(event.num_accepted for event in found) == most, "as many as may stand, and no more"
+assert max(event.num_accepted for event in told(**echo, verifier="cautious")[1]) == 2
+"""
+
+
+CONFORMS = """
+from outrider.draft.base import Drafter
+from outrider.verify.base import Verifier
+from outrider_cautious import CautiousVerifier
 from outrider_echo import EchoDrafter
 
-for most in (0, 1, 3):
-    asked = SpeculationParams(
-        method="echo",
-        num_draft_tokens=3,
-        drafter_options={"period": 2},
-        verifier="cautious",
-        verifier_options={"most": most},
-    )
-    sampling = SamplingParams(max_tokens=24, logit_bias={7: 1e4}, ignore_eos=True)
-    request = Request(id="r", prompt_token_ids=(9, 7, 7), sampling=sampling, speculation=asked)
-    told = events(tiny_engine(drafters=[EchoDrafter()]), [request])["r", 0]
-    assert [t for e in told for t in e.token_ids] == [7] * 24
-    assert told[-1].metrics.num_steps == 24 / (most + 1), told[-1].metrics
+drafter: Drafter = EchoDrafter()
+verifier: Verifier = CautiousVerifier()
 """
 
 
@@ -67,10 +81,24 @@ def python(installed: Path, code: str, *args: str) -> str:
     return done.stdout
 
 
-def test_the_example_is_two_short_files() -> None:
-    files = sorted(path.name for path in EXAMPLE.iterdir() if path.is_file())
-    assert files == ["outrider_echo.py", "pyproject.toml"]
-    assert len((EXAMPLE / "outrider_echo.py").read_text().splitlines()) <= 60
+def test_the_example_is_a_short_file_per_part() -> None:
+    files = {path.name: path for path in EXAMPLE.iterdir() if path.is_file()}
+    assert sorted(files) == ["outrider_cautious.py", "outrider_echo.py", "pyproject.toml"]
+    for path in files.values():
+        assert len(path.read_text().splitlines()) <= 40, path.name
+
+
+@pytest.mark.slow
+def test_its_types_are_those_of_the_protocols(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    conforms = tmp_path / "conforms.py"
+    conforms.write_text(CONFORMS)
+    sources = [str(path) for path in (*sorted(EXAMPLE.glob("*.py")), conforms)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYPYPATH", os.pathsep.join([str(ROOT / "src"), str(EXAMPLE)]))
+        settings = ["--strict", "--config-file", str(ROOT / "pyproject.toml")]
+        told, errors, _ = api.run([*settings, *sources])
+    assert told.startswith("Success"), told + errors
 
 
 def test_it_is_listed_with_its_source(installed: Path) -> None:

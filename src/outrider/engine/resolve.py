@@ -131,7 +131,7 @@ def _rule(params: SpeculationParams, sampling: SamplingParams) -> tuple[Verifier
             "of the two"
         )
     options = _options("verifier_options", name, usual.options, params.verifier_options)
-    given = tuple(sorted(options.items())) if params.verifier_options else ()
+    given = tuple(sorted(options.items()))
     return verifier(name, given), given
 
 

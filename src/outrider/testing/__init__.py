@@ -1,6 +1,6 @@
 """What drafters and verifiers of others are tested with."""
 
-from outrider.testing.checks import check_drafter, check_verifier
+from outrider.testing.checks import check_drafter
 from outrider.testing.drafters import ScriptedDrafter, junk, junk_tree, oracle
 from outrider.testing.enumerate import (
     Script,
@@ -18,6 +18,7 @@ from outrider.testing.enumerate import (
     speculate,
 )
 from outrider.testing.tiny import ByteTokenizer, events, run, tiny_decoder, tiny_engine
+from outrider.testing.verdicts import check_verifier
 
 __all__ = [
     "ByteTokenizer",

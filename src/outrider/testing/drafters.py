@@ -1,6 +1,7 @@
 """Drafters that follow a script: junk, trees, or exactly what they are told."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence as Items
 
 from outrider.draft.base import Snapshot, Warmth
@@ -32,8 +33,15 @@ class ScriptedDrafter:
         self.name = name
         self.opened: list[str] = []
         self.closed: list[str] = []
-        self.num_observed: dict[str, int] = {}
+        self._observed: list[tuple[str, int]] = []
         self._propose = propose
+
+    @property
+    def num_observed(self) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for name, count in self._observed:
+            counts[name] += count
+        return dict(counts)
 
     def open(self, seq: Sequence) -> None:
         self.opened.append(seq.id)
@@ -42,9 +50,7 @@ class ScriptedDrafter:
         return [self._propose(row.seq, part) for row, part in zip(rows, plan, strict=True)]
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
-        for commit in commits:
-            seen = self.num_observed.get(commit.seq.id, 0)
-            self.num_observed[commit.seq.id] = seen + len(commit.tokens)
+        self._observed += [(commit.seq.id, len(commit.tokens)) for commit in commits]
 
     def close(self, seq: Sequence) -> None:
         self.closed.append(seq.id)
@@ -68,7 +74,7 @@ def junk(vocab_size: int, seed: int = 0) -> Propose:
 
 
 def junk_tree(vocab_size: int, truth: Items[int] = (), seed: int = 0) -> Propose:
-    """Random trees; where `truth` holds the sequence's tokens, some nodes guess right.
+    """Random trees, as wide as planned; where `truth` holds the sequence's tokens, some are right.
 
     Args:
         truth: prompt and output of the sequence, if known.
@@ -82,7 +88,7 @@ def junk_tree(vocab_size: int, truth: Items[int] = (), seed: int = 0) -> Propose
         for _ in range(plan.num_nodes):
             parent = rng.randrange(-1, len(tokens))
             depth = 1 + (depths[parent] if parent >= 0 else 0)
-            if depth > plan.depth:
+            if depth > plan.depth or (parent < 0 and parents.count(-1) == plan.width):
                 continue
             at = len(seq.tokens) + depth - 1
             is_true = at < len(truth) and rng.random() < 0.7

@@ -10,7 +10,7 @@ Shape legend: V vocabulary.
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from outrider.sampling.laws import Laws
 from outrider.sampling.rng import Stream
-from outrider.step import DraftTree
-from outrider.verify.base import Verifier
+from outrider.step import DraftTree, Verdict
 
 Context: TypeAlias = tuple[int, ...]
 Model: TypeAlias = Callable[[Context], Tensor]
@@ -209,7 +208,13 @@ def pick_tree(q: Model, widths: Sequence[int]) -> Draft:
     return draft
 
 
-def speculate(verifier: Verifier, p: Model, draft: Draft, num_calls: int = 1) -> Call:
+class Rule(Protocol):
+    """What is enumerated of a verifier."""
+
+    def verify(self, tree: DraftTree, p: Laws, rng: Stream) -> Verdict: ...
+
+
+def speculate(verifier: Rule, p: Model, draft: Draft, num_calls: int = 1) -> Call:
     """Consecutive calls, each drafting after what the one before emitted.
 
     The call returns all tokens emitted and how many of them were accepted drafts.

@@ -1,7 +1,9 @@
 """A tiny random model, a byte tokenizer, and an engine of them: a whole loop in milliseconds."""
 
 from collections.abc import Callable, Mapping, Sequence as Items
-from typing import Any, TypeAlias, TypeGuard
+from dataclasses import replace
+from functools import cache
+from typing import Any, TypeAlias
 
 import torch
 
@@ -131,36 +133,47 @@ def tiny_engine(
     config = EngineConfig(
         **{"block_size": block_size, "check_integrity": True, "max_num_seqs": 16, **(options or {})}
     )
-    given = list(drafters or ())
-    ready = [d for d in given if not _is_to_be_made(d)]
-    mine: dict[str, Drafter] = {d.name: d for d in (NgramDrafter(), *ready)}
     draft = None
     if draft_seed is not None:
         network = tiny_decoder(draft_seed, noise=draft_noise, kernels=kernels)
         draft = _pooled(network, num_blocks, config)
-        usual = ModelDrafter(draft.runner, draft.manager, VOCAB_SIZE)
-        mine.setdefault(usual.name, usual)
     parts = _pooled(target, num_blocks, config)
-    for part in given:
-        if _is_to_be_made(part) and part not in mine:
-            around = Surroundings(target=parts, draft=draft, datastore=datastore, drafters=mine)
-            made = _made(part, around)
-            mine[made.name] = made
+    around = Surroundings(target=parts, draft=draft, datastore=datastore)
+    mine = _drafters(drafters or (), around)
     spec = target.spec
     engine.setdefault("tokenizer", ByteTokenizer())
-    engine.setdefault(
-        "grammars", GrammarCompiler(ByteTokenizer(), spec.vocab_size, spec.eos_token_ids)
-    )
-    return Engine(parts.runner, parts.manager, config, drafters=list(mine.values()), **engine)
+    engine.setdefault("grammars", _grammars(spec.vocab_size, spec.eos_token_ids))
+    return Engine(parts.runner, parts.manager, config, drafters=mine, **engine)
 
 
-def _is_to_be_made(part: Drafter | Made) -> TypeGuard[Made]:
-    return isinstance(part, str) or callable(part)
+@cache
+def _grammars(vocab_size: int, eos_token_ids: tuple[int, ...]) -> GrammarCompiler:
+    """One for all engines: it keeps what it has compiled."""
+    return GrammarCompiler(ByteTokenizer(), vocab_size, eos_token_ids)
 
 
-def _made(part: Made, around: Surroundings) -> Drafter:
-    make = DRAFTERS.load(part) if isinstance(part, str) else part
-    made: Drafter = make.build(around) if hasattr(make, "build") else make()
+def _drafters(given: Items[Drafter | Made], around: Surroundings) -> list[Drafter]:
+    """The usual ones and those that are ready, then, in order, those that are to be made."""
+    mine: dict[str, Drafter] = {"ngram": NgramDrafter()}
+    to_make: list[Made] = []
+    for part in given:
+        if isinstance(part, str) or callable(part):
+            to_make.append(part)
+        else:
+            mine[part.name] = part
+    if around.draft is not None:
+        usual = ModelDrafter(around.draft.runner, around.draft.manager, VOCAB_SIZE)
+        mine.setdefault(usual.name, usual)
+    for make in to_make:
+        if make not in mine:
+            made = _made(make, replace(around, drafters=dict(mine)))
+            mine[made.name] = made
+    return list(mine.values())
+
+
+def _made(make: Made, around: Surroundings) -> Drafter:
+    found = DRAFTERS.load(make) if isinstance(make, str) else make
+    made: Drafter = found.build(around) if hasattr(found, "build") else found()
     return made
 
 

@@ -30,10 +30,10 @@ class SyntheticVerifier:
             then one with the remaining fraction. A shorter tree is accepted whole.
         geometric: r_i = geometric ** i.
 
-    Without arguments geometric is 0.7.
+    Where none is set geometric is 0.7; rates of '0' accept nothing.
 
     Raises:
-        RequestError: not exactly one of them is set ("" and 0 are unset), or it is no schedule.
+        RequestError: more than one of them is set ("" and 0 are unset), or it is no schedule.
     """
 
     name = "synthetic"
@@ -47,25 +47,24 @@ class SyntheticVerifier:
             0.0, "mean acceptance length; 0 is unset", low=0.0, high=MAX_DRAFT_TOKENS + 1
         ),
         "geometric": Option(
-            0.0, "each draft's acceptance rate; 0 is unset: 0.7 without options", low=0.0, high=1.0
+            0.0, "each draft's acceptance rate; 0 is unset: 0.7 where all are", low=0.0, high=1.0
         ),
     }
 
     def __init__(
         self,
         *,
-        rates: str | None = None,
-        length: float | None = None,
-        geometric: float | None = None,
+        rates: str = "",
+        length: float = 0.0,
+        geometric: float = 0.0,
     ) -> None:
-        if rates is None and length is None and geometric is None:
-            geometric = DEFAULT_GEOMETRIC
-        if sum(bool(setting) for setting in (rates, length, geometric)) != 1:
+        if sum(bool(setting) for setting in (rates, length, geometric)) > 1:
             raise RequestError(
-                f"rates={rates or ''!r}, length={length or 0}, geometric={geometric or 0}: set "
-                "exactly one of them (rates='0' accepts nothing)"
+                f"rates={rates!r}, length={length}, geometric={geometric}: set one of them only"
             )
-        self.rates = _schedule(rates or "", length or 0.0, geometric or 0.0)
+        if not (rates or length):
+            geometric = geometric or DEFAULT_GEOMETRIC
+        self.rates = _schedule(rates, length, geometric)
 
     def verify(self, tree: DraftTree, p: Laws, rng: Stream) -> Verdict:
         accepted, last, before = [], -1, 1.0
