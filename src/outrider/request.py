@@ -14,6 +14,8 @@ MAX_WIDTH = 64
 MAX_NODES = 256
 MAX_N = 1024
 SAMPLE_METHODS = ("greedy", "probabilistic", "independent", "coupled")
+VISIBILITIES = ("verified", "provisional")
+COMMIT_UNITS = ("token", "word", "sentence", "line")
 T = TypeVar("T")
 
 
@@ -227,13 +229,23 @@ class StreamParams:
     Attributes:
         visibility: "verified" (committed text only) or "provisional" (drafts too, as a tail
             that each later event replaces).
+        min_stability: drafts are shown while the probability that all of them stand is at least
+            this; from 0.5 on they are also held to a bound on what is taken back.
+        max_tail_tokens: most drafted tokens of a tail.
+        commit_unit: committed text comes by "token", or is held back to whole units: "word",
+            "sentence" or "line".
+        steps: whether events carry the draft of their step. Sizes of drafts tell of the prompt
+            (serving.md 1.9), so only on request.
     """
 
     visibility: str = "verified"
+    min_stability: float = 0.8
+    max_tail_tokens: int = 16
+    commit_unit: str = "token"
+    steps: bool = False
 
     def __post_init__(self) -> None:
-        kinds = ("verified", "provisional")
-        _require(self.visibility in kinds, "visibility", self.visibility, f"must be one of {kinds}")
+        _check_stream(self)
 
     @property
     def is_provisional(self) -> bool:
@@ -394,3 +406,18 @@ def _check_prediction(p: SpeculationParams) -> None:
     is_ids = isinstance(ids, tuple | list) and all(_is_int(i) for i in ids)
     _require(is_ids, "prediction_token_ids", ids, "must be token ids")
     object.__setattr__(p, "prediction_token_ids", tuple(ids))
+
+
+def _check_stream(p: StreamParams) -> None:
+    _require(isinstance(p.steps, bool), "steps", p.steps, "must be true or false")
+    for name, known in (("visibility", VISIBILITIES), ("commit_unit", COMMIT_UNITS)):
+        value = getattr(p, name)
+        _require(value in known, name, value, f"must be one of {', '.join(known)}")
+    value = p.min_stability
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _require(is_number and 0 <= value <= 1, "min_stability", value, "must lie in [0, 1]")
+    value = p.max_tail_tokens
+    _require(
+        _is_int(value) and 1 <= value <= MAX_DRAFT_TOKENS,
+        "max_tail_tokens", value, f"must lie in [1, {MAX_DRAFT_TOKENS}]",
+    )  # fmt: skip

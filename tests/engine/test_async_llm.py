@@ -88,7 +88,7 @@ async def test_several_completions_all_arrive(served, llm):
 
 
 async def test_tails_only_for_those_who_ask(served):
-    asked = StreamParams(visibility="provisional")
+    asked = StreamParams(visibility="provisional", min_stability=0.0)
     plain, told = await asyncio.gather(
         gather(served.generate([5, 6], SHORT)),
         gather(served.generate([5, 6], SHORT, stream=asked)),

@@ -332,8 +332,8 @@ def test_a_request_that_says_nothing_gets_the_engines_drafter():
 
 
 def test_tails_come_before_the_tokens_that_replace_them():
-    shown = request("shown", stream=StreamParams(visibility="provisional"))
-    engine = tiny_engine(draft_seed=0)
+    shown = request("shown", stream=StreamParams(visibility="provisional", min_stability=0.0))
+    engine = tiny_engine(draft_seed=0, tokenizer=None)
     engine.add(shown)
     engine.add(request("hidden", first=60))
     seen = [event for _ in range(3) for event in engine.step()]

@@ -232,11 +232,50 @@ def test_held_back_text_is_told_at_the_end():
     assert detokenizer.take(is_last=True) == "en"
 
 
-@given(byte_ids, byte_ids, stops)
-def test_peek_follows_what_was_told_and_changes_nothing(ids, ahead, stop_texts):
-    detokenizer = Detokenizer(BYTES, stop=tuple(stop_texts))
+@given(piece_ids, piece_ids, stops, st.booleans())
+def test_a_preview_is_what_would_be_told_and_changes_nothing(ids, ahead, stop_texts, has_stop):
+    stop_texts = tuple(stop_texts) if has_stop else ()
+    detokenizer = Detokenizer(PIECES, stop=stop_texts)
     if detokenizer.add(tuple(ids)) is not None:
         return
-    told = detokenizer.take()
-    assert told + detokenizer.peek(tuple(ahead)) == BYTES.decode([*ids, *ahead])
-    assert told + detokenizer.take(is_last=True) == BYTES.decode(ids)
+    detokenizer.take()
+    count, text = detokenizer.preview(tuple(ahead))
+    assert detokenizer.preview(tuple(ahead)) == (count, text)
+    assert count == max((n for n in range(1, len(ahead) + 1) if told(ids, ahead[:n], stop_texts)),
+                        default=0)  # fmt: skip
+    if count:
+        assert text == told(ids, ahead[:count], stop_texts)[0]
+        assert detokenizer.add(tuple(ahead[:count])) is None
+        assert detokenizer.take() == text
+
+
+def told(ids, ahead, stop_texts):
+    """(text,) of more tokens, if all of it is told at once and no stop text has begun or ended."""
+    detokenizer = Detokenizer(PIECES, stop=stop_texts)
+    detokenizer.add(tuple(ids))
+    detokenizer.take()
+    if detokenizer._text or any(detokenizer.add((token,)) is not None for token in ahead):
+        return None
+    text = detokenizer.take()
+    return None if detokenizer.take(is_last=True) else (text,)
+
+
+def test_a_preview_ends_before_a_character_in_pieces_and_before_a_stop_text():
+    smile = "😀".encode()
+    detokenizer = Detokenizer(BYTES, stop=("no!",))
+    assert detokenizer.preview(tuple(b"ab" + smile[:3])) == (2, "ab")
+    assert detokenizer.preview(tuple(b"ab" + smile)) == (6, "ab😀")
+    assert detokenizer.preview(tuple(b"yes no")) == (4, "yes ")
+    assert detokenizer.preview(tuple(b"yes no! more")) == (4, "yes ")
+    assert detokenizer.preview(tuple(b"yes not")) == (7, "yes not")
+    detokenizer.add(tuple(b"yes n"))
+    assert detokenizer.take() == "yes "
+    assert detokenizer.preview(tuple(b"ever")) == (0, ""), "a stop text may have begun"
+
+
+def test_a_preview_completes_a_character_that_has_begun():
+    euro = "€".encode()
+    detokenizer = Detokenizer(BYTES)
+    detokenizer.add(tuple(euro[:1]))
+    assert detokenizer.take() == ""
+    assert detokenizer.preview(tuple(euro[1:])) == (2, "€")

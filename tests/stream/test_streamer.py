@@ -5,7 +5,7 @@ import pytest
 from outrider.request import Request, SamplingParams, Speculation, StreamParams
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, DraftTree, Row
-from outrider.stream.events import Committed, Tail, TokenLogprob
+from outrider.stream.events import TokenLogprob
 from outrider.stream.streamer import Streamer
 from outrider.testing import ByteTokenizer
 
@@ -165,34 +165,39 @@ def tails(stream, seq, tree):
     return stream.provisional(Batch([Row(seq, 1, 9)], []), [tree])
 
 
-SHOWN = StreamParams(visibility="provisional")
+SHOWN = StreamParams(visibility="provisional", min_stability=0.0)
 
 
 def test_only_clients_that_asked_see_tails():
     shown, hidden = sequence("shown", stream=SHOWN), sequence("hidden")
     stream = streamer(shown, hidden)
     batch = Batch([Row(hidden, 1, 2), Row(shown, 1, 2)], [])
-    found = stream.provisional(batch, [chain(97, 98), chain(99)])
-    assert found == [Tail(request_id="shown", index=0, token_ids=(99,), text="c")]
+    (tail,) = stream.provisional(batch, [chain(97, 98), chain(99)])
+    assert (tail.request_id, tail.index, tail.token_ids, tail.text) == ("shown", 0, (99,), "c")
     assert tails(stream, shown, DraftTree()) == []
 
 
-def test_a_tail_is_the_first_path_of_the_tree():
+def test_nobody_who_did_not_ask_has_a_screen():
+    asked = [SHOWN, StreamParams(commit_unit="line"), StreamParams(min_stability=0.1)]
+    sequences = [sequence(str(i), stream=params) for i, params in enumerate(asked)]
+    stream = streamer(*sequences)
+    screens = [stream._told[seq.id].screen for seq in sequences]
+    assert [screen is not None for screen in screens] == [True, True, False]
+    assert stream._num_screens == 2
+    for seq in sequences:
+        stream.verified([Commit(seq=seq, finish_reason="abort")])
+    assert stream._num_screens == 0
+
+
+def test_tails_go_out_before_the_step_ends_to_those_who_listen():
     seq = sequence(stream=SHOWN)
-    tree = DraftTree(tokens=tuple(b"axbc"), parents=(-1, -1, 0, 2), source="scripted")
-    (tail,) = tails(streamer(seq), seq, tree)
-    assert (tail.token_ids, tail.text) == (tuple(b"abc"), "abc")
-
-
-def test_a_tail_begins_where_the_told_text_ends_and_changes_nothing():
-    seq = sequence(stream=SHOWN, sampling=SamplingParams(stop=("end",)))
     stream = streamer(seq)
-    told = tell(stream, seq, b"the e").text
-    (tail,) = tails(stream, seq, chain(*b"gg"))
-    assert told + tail.text == "the egg"
-    event = tell(stream, seq, b"lk", finish_reason="length")
-    assert told + event.text == "the elk"
-    assert isinstance(event, Committed)
+    heard = []
+    stream.on_tails = heard.extend
+    assert tails(stream, seq, chain(97)) == []
+    assert [tail.text for tail in heard] == ["a"]
+    assert tails(stream, seq, chain(3)) == []
+    assert len(heard) == 1, "nothing to show, nobody is called"
 
 
 class Words:

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from outrider.engine.build import speculation_params
 from outrider.engine.llm import LLM, Speculation
@@ -13,6 +13,7 @@ from outrider.errors import EngineError, RequestError
 from outrider.request import SamplingParams, StreamParams
 from outrider.stream.events import Committed, Event
 
+T = TypeVar("T")
 _Queue: TypeAlias = asyncio.Queue[Event | EngineError]
 CLOSED = "the engine is closed: make a new AsyncLLM"
 logger = logging.getLogger(__name__)
@@ -38,6 +39,16 @@ class AsyncLLM:
         self._loop_task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._refusal = ""  # why nothing is served any more
+
+    @property
+    def llm(self) -> LLM:
+        """The blocking face of the engine; while requests run, touch it through `call` only."""
+        return self._llm
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing is served any more; "" while it serves."""
+        return self._refusal
 
     async def generate(
         self,
@@ -88,6 +99,24 @@ class AsyncLLM:
                 await self._in_worker(self._abort, request.id, client)
                 self._start()
 
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """What `function(*args)` returns, run in the engine's thread between two steps.
+
+        For all that reads or changes the engine while it serves: warmth, statistics, its cache.
+        Nothing steps meanwhile, so it should be short. Leaving early does not stop a function that
+        has begun.
+
+        Raises:
+            EngineError: the engine is closed or broke down. Else what the function raises, which
+                does the engine no harm.
+        """
+        if self._refusal:
+            raise EngineError(self._refusal)
+        result: T = await self._in_worker(function, *args)
+        if not self._refusal:
+            self._start()  # it may have left work
+        return result
+
     async def aclose(self) -> None:
         """Stops serving; requests in flight get an EngineError."""
         if self._refusal == CLOSED:
@@ -97,11 +126,13 @@ class AsyncLLM:
         if self._loop_task is not None and not self._loop_task.done():
             await self._loop_task
         await self._lose_all("the engine was closed")
+        self._llm.engine.streamer.on_tails = None
         self._worker.shutdown()
 
     def _start(self) -> None:
         if self._loop_task is None or self._loop_task.done():
             self._wake = asyncio.Event()  # belongs to the running loop, as the task does
+            self._tells_tails_to(asyncio.get_running_loop())
             self._loop_task = asyncio.create_task(self._run())
         self._wake.set()
 
@@ -119,10 +150,21 @@ class AsyncLLM:
                 self._refusal = f"the engine failed ({error!r}): make a new AsyncLLM"
                 await self._lose_all(f"the engine failed ({error!r})")
                 return
-            for event in events:
-                client = self._clients.get(event.request_id)
-                if client is not None:
-                    client.queue.put_nowait(event)
+            self._deliver(events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            client = self._clients.get(event.request_id)
+            if client is not None:
+                client.queue.put_nowait(event)
+
+    def _tells_tails_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tails are told at once: behind the step's commit they would be void already."""
+        self._llm.engine.streamer.on_tails = lambda tails: self._tell(loop, tails)
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, tails: list[Event]) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._deliver, tails)
 
     async def _lose_all(self, reason: str) -> None:
         """Every open request ends with an EngineError, and leaves nothing in the engine."""

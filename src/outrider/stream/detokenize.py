@@ -1,5 +1,6 @@
 """Detokenizer: token ids to text piece by piece, whole characters only, stop texts found."""
 
+from copy import copy
 from typing import NamedTuple, Protocol
 
 MAX_WINDOW = 8  # a longer one costs more with each token, a shorter one moves on more often
@@ -73,9 +74,27 @@ class Detokenizer:
         new, self._text = self._text[:end], self._text[end:]
         return new
 
-    def peek(self, tokens: tuple[int, ...]) -> str:
-        """What would follow the text taken so far after these tokens; nothing is changed."""
-        return self._text + self._decode([*self._window, *tokens])[len(self._settled) :]
+    def preview(self, tokens: tuple[int, ...]) -> tuple[int, str]:
+        """(n, text): what would be told if the first n of these tokens came now.
+
+        n is the most of them after which all characters are whole and no stop text may have
+        begun, neither here nor in what is held back already. Nothing is changed.
+        """
+        found = (0, "")
+        if self._text:
+            return found
+        ahead = copy(self)
+        ahead._window = list(self._window)
+        for count, token in enumerate(tokens, start=1):
+            if ahead.add((token,)) is not None:
+                break
+            if ahead._is_whole() and not (self._stop and ahead._held_back()):
+                found = (count, ahead._text)
+        return found
+
+    def _is_whole(self) -> bool:
+        """Whether every token so far reads as whole characters."""
+        return self._num_settled == len(self._window) or not self._pending()
 
     def _push(self, token: int) -> None:
         window = self._window

@@ -1,6 +1,7 @@
 """Events: what a step tells the clients. Committed text is final; a tail is only expected."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 
@@ -14,7 +15,9 @@ class RequestMetrics:
         num_draft_tokens, num_accepted_tokens: nodes drafted; nodes on accepted paths.
         accepted_histogram: entry a counts the drafted steps that accepted a tokens.
         drafter, verifier, exactness: who guessed, which rule decided, and what that promises
-            ("exact", "exact-greedy" or "lossy").
+            ("exact", "exact-greedy", "lossy" or "synthetic").
+        verifier_options: settings of the rule that the request gave, the others being the usual
+            (of `fly`, the reading).
         num_preemptions: times the KV was given up and computed again.
     """
 
@@ -29,6 +32,7 @@ class RequestMetrics:
     drafter: str = ""
     verifier: str = ""
     exactness: str = ""
+    verifier_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     num_preemptions: int = 0
 
     @property
@@ -63,8 +67,24 @@ class TokenLogprob:
     top: dict[int, float]
 
 
+class StepTree(NamedTuple):
+    """The draft of one step, for clients that want to see it.
+
+    Attributes:
+        tokens: ids of the nodes. parents: of each node, -1 for the root.
+        accepted: nodes of the accepted path, from a child of the root downwards.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
 class Committed(NamedTuple):
     """Verified tokens; numbered, append-only. Texts of all events, joined, are the output.
+
+    With a commit unit an event may hold the tokens of several steps, or text whose tokens come
+    with a later one (`stream.units`); counts are then sums.
 
     Attributes:
         index: which of the request's n completions.
@@ -76,6 +96,7 @@ class Committed(NamedTuple):
         stop_reason: the stop text or token that ended the output.
         error: why, when the finish reason is "error".
         metrics: with the finish reason.
+        tree: the draft of this one step, where the request asks for steps and there was one.
     """
 
     request_id: str
@@ -92,19 +113,35 @@ class Committed(NamedTuple):
     stop_reason: str | int | None = None
     error: str = ""
     metrics: RequestMetrics | None = None
+    tree: StepTree | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tail:
     """What is at present expected to follow the committed text; replaces any earlier tail.
 
-    Only for clients that asked; the next `Committed` of the same completion makes it void.
+    A state, not an operation: it may be dropped, and the next `Committed` of the same completion
+    that has text makes it void. Only clients that asked get one (serving.md 1).
+
+    Attributes:
+        index: which of the request's n completions.
+        token_ids: the tokens it reads, the held back ones of a commit unit first.
+        text: whole characters, with no stop text that may have begun; "" clears the last tail.
+        committed_chars: code points of committed text before it.
+        stability: probability that all of it stands.
+        source: "draft", "tree", "retrieval" or "prediction", by how the drafts came about;
+            "deferred" for verified text that a commit unit holds back, and for a clearing tail.
+        version: rises with each tail of the completion.
     """
 
     request_id: str
     index: int
     token_ids: tuple[int, ...]
     text: str
+    committed_chars: int
+    stability: float
+    source: str
+    version: int
 
 
 Event: TypeAlias = Committed | Tail

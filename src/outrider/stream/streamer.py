@@ -6,16 +6,24 @@ from dataclasses import dataclass, field
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, DraftTree
 from outrider.stream.detokenize import Decoder, Detokenizer, Stop
-from outrider.stream.events import Committed, Event, RequestMetrics, Tail, TokenLogprob
+from outrider.stream.events import Committed, Event, RequestMetrics, StepTree, TokenLogprob
+from outrider.stream.screen import Screen
+from outrider.stream.stability import Stability
 
 NUM_CONTEXT_TOKENS = 6
 
 
 @dataclass(eq=False)
 class Told:
-    """One completion's text so far and the counts behind its metrics."""
+    """One completion's text so far and the counts behind its metrics.
+
+    Attributes:
+        screen: of a client that takes tails or whole units only; None for plain streams, which
+            must not pay for it.
+    """
 
     text: Detokenizer | None
+    screen: Screen | None = None
     num_steps: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -41,15 +49,24 @@ class Streamer:
     Args:
         tokenizer: None serves token ids without text.
         exactness: name of a verifier -> what it promises; asked when a completion ends.
+
+    Attributes:
+        on_tails: called with tails while the target is still to judge them, which is when they
+            are worth most. None hands them out with the step's other events.
     """
 
     def __init__(self, tokenizer: Decoder | None, exactness: Callable[[str], str]) -> None:
         self._tokenizer = tokenizer
         self._exactness = exactness
+        self.on_tails: Callable[[list[Event]], None] | None = None
+        self._special_ids: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))
+        self._stability = Stability()
         self._told: dict[str, Told] = {}
+        self._num_screens = 0
 
     def open(self, seq: Sequence) -> None:
-        self._told[seq.id] = Told(self._detokenizer(seq))
+        text = self._detokenizer(seq)
+        self._told[seq.id] = Told(text, self._screen(seq, text))
 
     def add(self, seq: Sequence, tokens: tuple[int, ...], *, may_stop: bool = True) -> Stop | None:
         """Takes in tokens that are about to be committed; tells where a stop text ends them."""
@@ -57,18 +74,34 @@ class Streamer:
         return text.add(tokens, may_stop=may_stop) if text else None
 
     def provisional(self, batch: Batch, drafts: list[DraftTree]) -> list[Event]:
-        """Tails for the clients that can take text back: the first path of each draft tree."""
-        return [
-            self._tail(row.seq, tree)
-            for row, tree in zip(batch.rows, drafts, strict=True)
-            if len(tree) and row.seq.request.stream.is_provisional
-        ]
+        """Tails for the clients that can take text back, unless `on_tails` has taken them."""
+        if not self._num_screens:
+            return []
+        tails: list[Event] = []
+        for row, tree in zip(batch.rows, drafts, strict=True):
+            screen = self._told[row.seq.id].screen
+            if len(tree) and screen is not None and screen.takes_tails:
+                tail = screen.drafted(tree)
+                tails += [tail] if tail is not None else []
+        if self.on_tails is None:
+            return tails
+        if tails:
+            self.on_tails(tails)
+        return []
 
     def verified(self, commits: list[Commit]) -> list[Event]:
-        """One event per sequence that got tokens or ended."""
-        return [self._event(c) for c in commits if c.tokens or c.finish_reason]
+        """One event per sequence that got tokens or ended; a screen may make none of it, or two."""
+        told = [c for c in commits if c.tokens or c.finish_reason]
+        if not self._num_screens:
+            return [self._event(c) for c in told]
+        return [event for c in told for event in self._on_screen(c)]
 
-    def _event(self, commit: Commit) -> Event:
+    def _on_screen(self, commit: Commit) -> list[Event]:
+        screen = self._told[commit.seq.id].screen
+        event = self._event(commit)
+        return [event] if screen is None else screen.committed(commit, event)
+
+    def _event(self, commit: Commit) -> Committed:
         seq = commit.seq
         told = self._told[seq.id]
         offset = told.num_tokens
@@ -90,9 +123,11 @@ class Streamer:
             seq.stop_reason,
             commit.error,
             self._metrics(seq, told) if is_last else None,
+            _tree(commit) if seq.request.stream.steps else None,
         )
         if is_last:
             del self._told[seq.id]
+            self._num_screens -= told.screen is not None
         return event
 
     def _metrics(self, seq: Sequence, told: Told) -> RequestMetrics:
@@ -108,20 +143,21 @@ class Streamer:
             drafter=seq.speculation.drafter,
             verifier=seq.speculation.verifier,
             exactness=self._exactness(seq.speculation.verifier),
+            verifier_options=dict(seq.speculation.verifier_options),
             num_preemptions=seq.num_preemptions,
         )
 
-    def _tail(self, seq: Sequence, tree: DraftTree) -> Tail:
-        path, node = [], -1
-        while children := tree.children(node):
-            node = children[0]
-            path.append(tree.tokens[node])
-        text = self._told[seq.id].text
-        return Tail(
-            request_id=seq.request.id,
-            index=seq.index,
-            token_ids=tuple(path),
-            text=text.peek(tuple(path)) if text else "",
+    def _screen(self, seq: Sequence, text: Detokenizer | None) -> Screen | None:
+        stream, sampling = seq.request.stream, seq.request.sampling
+        if not stream.is_provisional and stream.commit_unit == "token":
+            return None
+        self._num_screens += 1
+        return Screen(
+            seq.request,
+            seq.index,
+            text=text,
+            hidden=self._special_ids.union(sampling.stop_token_ids),
+            stability=self._stability,
         )
 
     def _detokenizer(self, seq: Sequence) -> Detokenizer | None:
@@ -142,6 +178,11 @@ def _context(tokenizer: Decoder, prompt: list[int]) -> tuple[int, ...]:
     tails = [prompt[-size:] for size in range(NUM_CONTEXT_TOKENS, NUM_CONTEXT_TOKENS + 4)]
     whole = (tail for tail in tails if not tokenizer.decode(tail).startswith("\ufffd"))
     return tuple(next(whole, tails[0]))
+
+
+def _tree(commit: Commit) -> StepTree | None:
+    tree = commit.tree
+    return StepTree(tree.tokens, tree.parents, commit.accepted) if len(tree) else None
 
 
 def _logprobs(commit: Commit) -> tuple[TokenLogprob, ...]:
