@@ -6,7 +6,12 @@ OutriderError
 ├── ModelError           a checkpoint that cannot be loaded (also a ValueError)
 │   └── TokenizerError   no usable tokenizer, or the wrong one for this model
 ├── RequestError         a request that cannot be served as asked (also a ValueError)
-└── EngineError          the engine stopped; the message says which requests were lost
+├── EngineError          the engine stopped; the message says which requests were lost
+└── SessionError         a session cannot do what was asked; nothing of the call was kept
+    ├── SessionNotFound      no such session, head, response or turn, or it has expired
+    ├── SessionConflict      somebody else went on from the same head
+    ├── QuotaExceeded        a tenant may store no more
+    └── SessionStorageError  the file of the session log cannot be read or written
 
 Each message names the offending value and the remedy, on one line.
 """
@@ -41,6 +46,34 @@ class RequestError(OutriderError, ValueError):
 
 class EngineError(OutriderError, RuntimeError):
     """The engine stopped; requests in flight are named in the message."""
+
+
+class SessionError(OutriderError):
+    """A session cannot do what was asked; nothing of the call was kept."""
+
+
+class SessionNotFound(SessionError, LookupError):  # noqa: N818
+    """No such session, head, response or turn; one of another tenant reads the same."""
+
+
+class SessionConflict(SessionError):  # noqa: N818
+    """What was asked no longer fits: the session has gone on, or the name is taken.
+
+    Attributes:
+        head: id of the session's present head; None where the head is not what conflicts.
+    """
+
+    def __init__(self, message: str, head: str | None = None) -> None:
+        super().__init__(message)
+        self.head = head
+
+
+class QuotaExceeded(SessionError):  # noqa: N818
+    """A tenant may store no more; the message names the limit."""
+
+
+class SessionStorageError(SessionError):
+    """The file of the session log cannot be read or written."""
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> str:
