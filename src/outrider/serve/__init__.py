@@ -1,0 +1,1 @@
+"""The server: HTTP in the dialects people know, over one engine."""

@@ -1,0 +1,167 @@
+"""Warmer: brings back what a session had computed, keeps it, and says how warm it is."""
+
+import time
+from collections.abc import Mapping, Sequence as Items
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from outrider.engine.warmth import Readiness, Report
+from outrider.errors import SessionNotFound
+from outrider.request import SamplingParams, SpeculationParams
+from outrider.serve.base import Server
+from outrider.serve.session_store import SessionStore
+from outrider.session.canary import Tries
+from outrider.session.records import Session
+from outrider.session.snapshot import Manifest
+from outrider.stream.events import RequestMetrics
+
+KEPT_WARM = 16  # sessions whose state is written out when the server stops
+MAX_USED = 4096  # sessions remembered as used by this process
+EVERYTHING = ("kv", "spec", "stats")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warm:
+    """How warm a session was when a turn began.
+
+    Attributes:
+        kv_tokens: tokens whose KV was there or was loaded.
+        drafters: by name, how far each is ready.
+        restored_from: "disk" or "host" where state was loaded, None where nothing was.
+        restore_ms: how long that took.
+        cold_reason: why stored state could not be used.
+    """
+
+    kv_tokens: int = 0
+    drafters: Mapping[str, Readiness] = field(default_factory=dict)
+    restored_from: str | None = None
+    restore_ms: float = 0.0
+    cold_reason: str | None = None
+
+
+class Warmer:
+    """The warm state of sessions: a cache of their logs, never more."""
+
+    def __init__(self, server: Server, store: SessionStore) -> None:
+        self._server = server
+        self._store = store
+        self._used: dict[str, str] = {}  # session -> tenant, the last used at the end
+
+    async def keep(
+        self, tenant: str, session: Session, include: Items[str] = EVERYTHING
+    ) -> Manifest:
+        """Writes out what is warm of a session's present log."""
+        tokens = await self._store.call(self._store.log.tokens, tenant, session.head)
+        stats = await self._store.call(self._store.log.stats.get, tenant, session.id)
+
+        def write() -> Manifest:
+            return self._store.warmth.snapshot(tokens, tenant, include, statistics=stats)
+
+        return await self._server.engine.call(write)
+
+    async def keep_all(self) -> None:
+        """That of the sessions used last, where it outlives the process; before the engine ends."""
+        if self._server.config.state_dir is None:
+            return
+        for session, tenant in list(self._used.items())[-KEPT_WARM:]:
+            with suppress(SessionNotFound):
+                found = await self._store.call(self._store.log.get, tenant, session)
+                await self.keep(tenant, found)
+
+    async def warm_up(self, tenant: str, session: str, tokens: Items[int]) -> Warm:
+        """Loads what a cold session has stored; a session used by this process is warm already."""
+        is_known = self._used.get(session) == tenant
+        self.touch(tenant, session)
+        if is_known or not tokens:
+            return await self.resident(tenant, tokens)
+        return await self.restore(tenant, session, tokens)
+
+    async def restore(self, tenant: str, session: str, tokens: Items[int]) -> Warm:
+        """Loads what is kept of a log and is not in the engine."""
+        answers = [
+            (stored.num_prompt, stored.num_tokens)
+            for stored in self._store.responses.of_sessions(tenant, [session])
+            if stored.num_tokens <= len(tokens)
+        ]
+
+        def bring_back() -> Report:
+            return self._store.warmth.restore(tokens, tenant, answers)
+
+        start = time.perf_counter()
+        report = await self._server.engine.call(bring_back)
+        is_restored = bool(report.restored_from)
+        return Warm(
+            kv_tokens=report.kv_tokens,
+            drafters=report.drafters,
+            restored_from=report.restored_from or None,
+            restore_ms=(time.perf_counter() - start) * 1000 if is_restored else 0.0,
+            cold_reason=report.cold_reason or None,
+        )
+
+    async def resident(self, tenant: str, tokens: Items[int]) -> Warm:
+        """How warm a log is now."""
+        if not tokens:
+            return Warm()
+        state = await self._server.engine.call(self._store.warmth.state, tokens, tenant)
+        return Warm(kv_tokens=state.kv_tokens, drafters=state.drafters)
+
+    async def prefill(self, tenant: str, tokens: tuple[int, ...]) -> None:
+        """Computes the KV of a log by asking for one token that nobody reads."""
+        sampling, plain = SamplingParams(max_tokens=1), SpeculationParams(method="off")
+        async with self._server.gate.seat():
+            generated = self._server.engine.generate(tokens, sampling, plain, tenant=tenant)
+            async for _ in generated:
+                pass
+
+    def kind(self, drafter: str) -> str | None:
+        """The class of a drafter's state: from what it can be rebuilt."""
+        drafters = self._server.llm.engine.drafters
+        return drafters[drafter].warmth.value if drafter in drafters else None
+
+    def ready_upto(self, warm: Warm, drafter: str, num_tokens: int) -> int:
+        """R0 is rebuilt from the tokens, so it is ready for all of them."""
+        if self.kind(drafter) == "R0":
+            return num_tokens
+        ready = warm.drafters.get(drafter)
+        return ready.ready_upto if ready is not None else 0
+
+    async def forget(self, tenant: str, session: Session) -> None:
+        """What is kept of its log, unless a branch may use it."""
+        branches = await self._store.call(self._store.log.branches, tenant, session.id)
+        if len(branches) == 1:
+            tokens = await self._store.call(self._store.log.tokens, tenant, session.head)
+            await self._server.engine.call(self._store.warmth.forget, tokens, tenant)
+
+    def touch(self, tenant: str, session: str) -> None:
+        """The session was used by this process, so what is warm of it is in the engine."""
+        self._used.pop(session, None)
+        self._used[session] = tenant
+        if len(self._used) > MAX_USED:
+            del self._used[next(iter(self._used))]
+
+    def drop(self, session: str) -> None:
+        """The session is gone."""
+        self._used.pop(session, None)
+
+
+def counts_of(metrics: RequestMetrics, num_draft_tokens: int) -> dict[str, Any]:
+    """A turn's drafts: by position, drafted and jointly accepted; and tries, for the canary.
+
+    How deep each draft went is not told, so every draft counts at every position.
+    """
+    histogram = metrics.accepted_histogram
+    accepted = [sum(histogram[position:]) for position in range(1, len(histogram))]
+    return {
+        "drafted": [metrics.num_drafts] * max(len(accepted), 1),
+        "accepted": accepted or [0],
+        "tries": Tries.of_histogram(histogram, num_draft_tokens)._asdict(),
+    }
+
+
+def accept(stats: Mapping[str, Any] | None) -> float | None:
+    """Share of tried draft tokens that stood, over all temperatures; None if none is known."""
+    tries = [bucket["tries"] for bucket in (stats or {}).values()]
+    accepted = sum(each["accepted"] for each in tries)
+    total = accepted + sum(each["rejected"] for each in tries)
+    return accepted / total if total else None
