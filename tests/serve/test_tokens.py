@@ -74,3 +74,13 @@ async def test_models(serve, llm):
     missing = await client.get("/v1/models/gpt-4")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
+
+
+async def test_half_a_character_is_refused(client):
+    answer = await client.post(
+        "/tokenize",
+        content=b'{"prompt": "\\ud800"}',
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 400
+    assert "surrogate" in answer.json()["error"]["message"]

@@ -2,12 +2,12 @@
 
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from outrider.engine.async_llm import AsyncLLM
 from outrider.engine.llm import LLM
@@ -71,6 +71,21 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_characters(cls, values: Any) -> Any:
+        """Half a surrogate pair is text in JSON, but no tokenizer or database could read it."""
+        left: list[Any] = [values]
+        while left:
+            value = left.pop()
+            if isinstance(value, Mapping):
+                left += [*value.keys(), *value.values()]
+            elif isinstance(value, list):
+                left += value
+            elif isinstance(value, str) and not _is_text(value):
+                raise ApiError(400, "the body holds half a surrogate pair: send whole characters")
+        return values
+
 
 def server(request: Request) -> Server:
     """Dependency: the server."""
@@ -109,3 +124,11 @@ def _given_key(request: Request) -> str:
     if scheme.lower() == "bearer":
         return key.strip()
     return request.headers.get("x-api-key", "")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

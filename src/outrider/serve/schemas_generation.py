@@ -86,7 +86,6 @@ class SiftedBody(Body):
     def _sift(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        refuse_half_characters(values)
         given = {name: value for name, value in values.items() if value is not None}
         for name in sorted(given.keys() & cls.refused.keys()):
             if not _is_among(given.pop(name), cls.refused[name].harmless):
@@ -172,33 +171,12 @@ class GenerationBody(SiftedBody):
         return the_speculation(self.speculation, self.outrider.speculation)
 
 
-def refuse_half_characters(values: Mapping[str, Any]) -> None:
-    """ApiError for half a surrogate pair: a text in JSON, but none that a tokenizer could read."""
-    left: list[Any] = [values]
-    while left:
-        value = left.pop()
-        if isinstance(value, Mapping):
-            left += [*value.keys(), *value.values()]
-        elif isinstance(value, list):
-            left += value
-        elif isinstance(value, str) and not _is_text(value):
-            raise ApiError(400, "the body holds half a surrogate pair: send whole characters")
-
-
 def the_speculation(*given: str | Mapping[str, Any] | None) -> SpeculationParams | None:
     """What is given by one of two names; RequestError for both."""
     asked = [each for each in given if each is not None]
     if len(asked) > 1:
         raise RequestError("speculation and outrider.speculation: give one of the two")
     return speculation_params(asked[0]) if asked else None
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_among(value: Any, harmless: tuple[Any, ...]) -> bool:
