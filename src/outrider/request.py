@@ -234,8 +234,8 @@ class StreamParams:
         max_tail_tokens: most drafted tokens of a tail.
         commit_unit: committed text comes by "token", or is held back to whole units: "word",
             "sentence" or "line".
-        steps: whether events carry the draft of their step. Sizes of drafts tell of the prompt
-            (serving.md 1.9), so only on request.
+        steps: whether events carry the draft of their step. Sizes of drafts tell of the prompt,
+            so only on request.
     """
 
     visibility: str = "verified"

@@ -30,7 +30,7 @@ def sse(*events):
 
 
 CREATED = durable(0, "created", response={"id": "r1"})
-# The transcript of serving.md 1.7, without the events that carry no text.
+# The protocol's example, without the events that carry no text.
 TRANSCRIPT = [
     CREATED,
     durable(1, "output_text.delta", delta="The"),

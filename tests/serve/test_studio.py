@@ -231,7 +231,7 @@ def tail(base, version, text):
     return {"type": "outrider:output_text.tail", "base": base, "v": version, "text": text}
 
 
-# serving.md 1.7, with tails that come late added: an old base, a version that is not new.
+# The protocol's example, with tails that come late added: an old base, a version that is not new.
 TRANSCRIPT = [
     {"type": "response.created", "sequence_number": 0, "response": {"id": "r1"}},
     delta(4, "The"),
@@ -275,7 +275,7 @@ def test_the_reader_follows_the_worked_transcript(modules):
 
 
 def expected(script):
-    """The client of serving.md 1.3, word for word."""
+    """The shortest client that is right."""
     committed, tail, last, v = "", "", -1, -1
     for event in script:
         if "sequence_number" in event:

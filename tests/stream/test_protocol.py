@@ -1,6 +1,6 @@
 """The protocol: invariants I1 to I10 over random drafts, stops and readers, and the transcript.
 
-Numbers are those of serving.md 1.5; I3 and I11 belong to the server.
+Invariants are numbered I1 to I13; I3 and I11 belong to the server.
 """
 
 import json
@@ -161,7 +161,7 @@ def test_no_tail_shows_where_a_stop_text_may_have_begun(stop, seed, unit):
 
 
 class Client:
-    """The whole client of serving.md 1.3, for one text part."""
+    """The whole client, for one text part."""
 
     def __init__(self):
         self.last, self.version, self.committed, self.tail = 3, 0, "", ""
@@ -265,7 +265,7 @@ def test_several_completions_have_tails_of_their_own():
         assert mine[-1].finish_reason == "length"
 
 
-# The transcript of serving.md 1.7, what its three dots leave out left out here as well.
+# The protocol's example, as far as text goes.
 TRANSCRIPT = """
 {"type":"response.output_text.delta","sequence_number":4,"delta":"The"}
 {"type":"outrider:output_text.tail","base":4,"committed_chars":3,"text":" answer is likely no","n_tokens":4,"stability":0.83,"source":"draft","v":1}

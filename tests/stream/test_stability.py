@@ -124,7 +124,7 @@ def test_the_gate_cuts_where_stability_falls_below_it():
 
 
 def test_from_a_gate_of_one_half_on_expected_erasure_is_bounded():
-    """0.1 + 0.19 + 0.271 + 0.344 <= 0.2 (1 + 5.13) < all that plus 0.41; see serving.md 1.8."""
+    """0.1 + 0.19 + 0.271 + 0.344 <= 0.2 (1 + 5.13) < all that plus 0.41."""
     survival = [0.9**i for i in range(1, 9)]
     assert shown(survival, min_stability=0.5) == 4
     assert shown(survival, min_stability=0.49) == 6
@@ -138,7 +138,7 @@ class Clock:
 
 
 def simulate(mean, length, gate, num_steps=6000, seed=0):
-    """The model of serving.md 1.8: each redrafted token comes back the same half of the time."""
+    """A model of readers: each redrafted token comes back the same half of the time."""
     rng, clock, experience = random.Random(seed), Clock(), Stability()
     erasure = Erasure(clock)
     params = StreamParams(visibility="provisional", min_stability=gate)
@@ -179,7 +179,7 @@ def test_a_gate_of_one_half_keeps_erasure_low(mean, length):
     [(0.6, 4, 2.3, 1.20, 0.80), (0.8, 4, 3.4, 0.46, 0.31), (0.9, 8, 6.2, 0.45, 0.27)],
 )
 def test_without_a_gate_the_model_gives_the_table(mean, length, per_step, gross, net):
-    """The rows of serving.md 1.8 without a gate, and that erasure is measured as they count it."""
+    """Known rows without a gate, and that erasure is measured as they count it."""
     found, tokens_per_step = simulate(mean, length, 0.0)
     assert tokens_per_step == pytest.approx(per_step, abs=0.1)
     assert found["ne_gross"] == pytest.approx(gross, abs=0.05)

@@ -392,7 +392,7 @@ class Drawing(ScriptedDrafter):
 
 
 class DrawsSharper(Drawing):
-    """At half the temperature that it records (algorithms.md 1.3, trap 1)."""
+    """At half the temperature that it records."""
 
     def pick(self, q_V, stream):
         return stream.pick(q_V**2 / (q_V**2).sum())

@@ -197,7 +197,7 @@ class _Choice:
 
 
 def tail_of(tail: Tail) -> dict[str, Any]:
-    """A tail on the wire (serving.md 1.3)."""
+    """A tail on the wire."""
     return {
         "committed_chars": tail.committed_chars,
         "text": tail.text,

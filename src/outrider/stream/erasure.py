@@ -24,7 +24,7 @@ class _Shown:
 
 
 class Erasure:
-    """Metrics of one response (serving.md 1.4), from the events that were really sent, in order.
+    """Metrics of one response, from the events that were really sent, in order.
 
     A shown token is taken back when a later tail, or the commit of its place or of one before
     it, does not go on showing it. Time runs from the making of this object.

@@ -121,7 +121,7 @@ class Tail:
     """What is at present expected to follow the committed text; replaces any earlier tail.
 
     A state, not an operation: it may be dropped, and the next `Committed` of the same completion
-    that has text makes it void. Only clients that asked get one (serving.md 1).
+    that has text makes it void. Only clients that asked get one.
 
     Attributes:
         index: which of the request's n completions.

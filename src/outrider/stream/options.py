@@ -15,7 +15,7 @@ HEADER_NAMES = {"stability": "min_stability"}
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """What one client can take, and wants (serving.md 1.2).
+    """What one client can take, and wants.
 
     Attributes:
         visibility: "verified" or "provisional": whether tails are sent.

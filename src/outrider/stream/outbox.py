@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Outbox(Generic[T]):
-    """A queue that a slow reader cannot make lose anything but tails (serving.md 1.3).
+    """A queue that a slow reader cannot make lose anything but tails.
 
     A durable item empties the tail's slot, for it makes the tail void; a new tail overwrites it.
     For one event loop and one reader, which iterates over it; the iteration ends once the

@@ -8,7 +8,7 @@ FIELD = ',"obfuscation":""'
 
 
 def pad(data: str, *, noise: Callable[[int], str] | None = None, num_other: int = 0) -> str:
-    """A frame whose size in bytes is the next of 512, 1024, 2048, ... (serving.md 1.9).
+    """A frame whose size in bytes is the next of 512, 1024, 2048 and so on.
 
     The filler is the standard member `obfuscation` of OpenAI's streams, put last. Times of
     frames still tell of steps; pacing is against that.

@@ -1,6 +1,6 @@
 """Screen: what one client sees of a completion; text that stays, and behind it a tail that may not.
 
-Tails and their gate are serving.md 1.3 to 1.5.
+Tails and their gate are described in docs/concepts/streams.md.
 """
 
 from outrider.request import Request

@@ -76,7 +76,7 @@ class Stability:
 
 
 def num_shown(survival: Items[float], params: StreamParams) -> int:
-    """How many leading tokens of a path a client shall see (serving.md 1.2, 1.8).
+    """How many leading tokens of a path a client shall see.
 
     Those whose survival reaches the gate. From `CALM_GATE` on fewer, if tokens shown and taken
     back would otherwise exceed `MAX_ERASURE` of the tokens that the step is expected to commit:

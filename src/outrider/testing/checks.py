@@ -1,6 +1,6 @@
 """check_drafter: what every drafter must pass, built in or from a stranger.
 
-Each check raises AssertionError with what broke; the sections are those of algorithms.md.
+Each check raises AssertionError with what broke.
 """
 
 import gc

@@ -1,6 +1,6 @@
 """check_verifier: what every rule must pass, built in or from a stranger.
 
-Each check raises AssertionError with what broke; the sections are those of algorithms.md.
+Each check raises AssertionError with what broke.
 """
 
 from itertools import product
@@ -34,7 +34,7 @@ POINT_MASSES = 1.0  # the share of zeros that leaves each law one token
 
 
 def check_verifier(verifier: Verifier) -> None:
-    """Enumerates every verdict on every kind of proposal the rule accepts (section 2).
+    """Enumerates every verdict on every kind of proposal the rule accepts.
 
     All of them are judged (`Judged`). The law of an exact rule is the target's, that of an exact
     greedy one plain greedy decoding; an exact rule that is keyed by position gives the tokens of
@@ -88,7 +88,7 @@ def _check_claims(verifier: Verifier) -> None:
 
 
 def _check_same_tokens(verifier: Verifier, kind: Kind | None) -> None:
-    """Under production streams a seed gives the same tokens whatever is drafted (section 3.3)."""
+    """Under production streams a seed gives the same tokens whatever is drafted."""
     size = 4
     for seed in range(3):
         p, q = ToyModel("p", size, 0.2), ToyModel("q", size)
