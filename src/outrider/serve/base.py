@@ -75,7 +75,7 @@ class Body(BaseModel):
     @classmethod
     def _refuse_half_characters(cls, values: Any) -> Any:
         """Half a surrogate pair is text in JSON, but no tokenizer or database could read it."""
-        left: list[Any] = [values]
+        left: list[Any] = [values] if isinstance(values, Mapping) else []
         while left:
             value = left.pop()
             if isinstance(value, Mapping):
