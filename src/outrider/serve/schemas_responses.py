@@ -244,7 +244,6 @@ class Hint(Body):
     """Body of `POST /v1/sessions/{id}/hint`."""
 
     event: Literal["tool_wait", "resume_soon", "superseded", "idle", "final"]
-    expect_ms: Count | None = None
 
 
 class Snapshot(Body):
