@@ -7,9 +7,10 @@ import argparse
 import json
 import logging
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
@@ -17,18 +18,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from benchmarks.methods_page import Entries, Entry, write_figures, write_page
 from benchmarks.prompts import held_out_prompts
-from benchmarks.provenance import provenance
 from outrider.bench import workloads
-from outrider.bench.arms import Arm, Timed, paired_ratio
+from outrider.bench.provenance import provenance
 from outrider.bench.replay import Replayed, bootstrap, replay, without_model
+from outrider.bench.statistics import paired_ratio, verdict
 from outrider.cli.bench import to_json as replayed_to_json
 from outrider.draft.base import Drafter, ModelParts, Surroundings
 from outrider.draft.datastore import Datastore
 from outrider.draft.drafters import Drafters
+from outrider.engine.build import DEMO, DEMO_DRAFT, MODEL_DRAFTER
 from outrider.engine.llm import LLM
+from outrider.engine.outputs import RequestOutput
 from outrider.engine.prompts import Prompt
 from outrider.errors import ConfigError, OutriderError
 from outrider.models.hub import resolve
@@ -46,6 +50,26 @@ from outrider.verify.verifiers import verifier
 
 REPEAT_LAST = "repeat_last"
 PREDICTED = "prediction, 1 token in 16 wrong"
+
+
+class Arm(NamedTuple):
+    """One way to answer: a label, and the speculation it asks for."""
+
+    name: str
+    speculation: SpeculationParams
+
+
+class Timed(NamedTuple):
+    """One timed answer: seconds of the whole call, and what came out."""
+
+    seconds: float
+    output: RequestOutput
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / max(1, len(self.output.token_ids))
+
+
 PLAIN = Arm("plain", SpeculationParams(method="off"))
 NUM_WARM_UP_TOKENS = 3  # enough for a draft, too few to learn the answer from
 REPLAYED = ("tau_bench", "swe_agent", "aider")
@@ -64,7 +88,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lookahead, 56 nodes": {"method": "lookahead"},
     PREDICTED: {"method": "prediction"},
 }
-NOT_HERE = {"translate": "the models of the demo pair have one vocabulary: nothing to translate"}
+# Drafters on pairs of two vocabularies, and what they are compared with.
+ACROSS: dict[str, dict[str, Any]] = {
+    "ngram": {"method": "ngram"},
+    "suffix": {"method": "suffix"},
+    "translate, by strings": {"method": "translate", "drafter_options": {"by": "strings"}},
+    "translate, by tokens": {"method": "translate", "drafter_options": {"by": "tokens"}},
+}
+# Target and drafter, below the data folder.
+PAIRS = (
+    ("weights/stories260K", "weights/chars940K"),
+    ("weights/chars940K", "weights/stories260K"),
+)
+STORIES = (
+    "Once upon a time, there was a little girl named",
+    "One day, Tom and his dog went to the",
+    "The sun was shining and the birds were",
+    "Lily had a red ball. She liked to",
+    "Ben was sad because he lost his",
+    "There was a big tree in the garden. Under the tree",
+    'Mom said, "Do not go into the',
+    "A small cat sat on the mat. It saw a",
+    "In the forest lived an old bear who",
+    "Sara and Max were playing in the park when",
+    "The little boat wanted to see the",
+    "It was raining, so the children",
+    "Once there was a bunny who did not like",
+    "Dad made a cake for",
+    "The boy found a shiny stone. He",
+    "At night the moon looked down and",
+)
+NOT_HERE = {
+    "translate": "the models of the demo pair have one vocabulary: nothing to translate; a pair "
+    "that has two is in a section of its own"
+}
 TOKENS_PER_DOMAIN = 400_000  # of the training texts, for rest
 NUM_DRAWS = 8  # verdicts of each rule on each tree
 WIDTH = 3
@@ -104,7 +161,7 @@ class Results:
         size: what the entries of this run share; those of a run of another size are left alone.
     """
 
-    def __init__(self, path: Path, size: str, facts: dict[str, str]) -> None:
+    def __init__(self, path: Path, size: str, facts: dict[str, Any]) -> None:
         self.path, self.size = path, size
         held = json.loads(path.read_text()) if path.is_file() else {"entries": {}}
         self._all: dict[str, Any] = {"provenance": {**held.get("provenance", {}), size: facts}}
@@ -138,22 +195,36 @@ class Results:
         }
 
     @property
-    def facts(self) -> dict[str, str]:
-        found: dict[str, str] = self._all["provenance"][self.size]
+    def facts(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._all["provenance"][self.size]
         return found
 
 
 class Bench:
-    """The demo pair, and drafters made afresh for every entry: no memory of what came before."""
+    """A pair, and drafters made afresh for every entry: no memory of what came before.
 
-    def __init__(self, datastore: Path | None) -> None:
+    Args:
+        model, draft_model: as `LLM` takes them.
+        not_here: reasons by drafter, for those that have nothing to do on this pair.
+    """
+
+    def __init__(
+        self,
+        datastore: Path | None = None,
+        *,
+        model: str = DEMO,
+        draft_model: str = DEMO_DRAFT,
+        not_here: Mapping[str, str] = NOT_HERE,
+    ) -> None:
         self.datastore = None if datastore is None else str(datastore)
+        self.model, self.draft_model = model, draft_model
+        self.not_here = not_here
         self._llm: LLM | None = None
 
     @property
     def llm(self) -> LLM:
         if self._llm is None:
-            self._llm = LLM("demo")
+            self._llm = LLM(self.model, draft_model=self.draft_model)
         return self._llm
 
     def with_drafters(self, name: str) -> LLM:
@@ -177,8 +248,8 @@ class Bench:
         return made
 
     def _make(self, name: str, made: dict[str, Drafter]) -> Drafter:
-        if name in NOT_HERE:
-            raise ConfigError(NOT_HERE[name])
+        if name in self.not_here:
+            raise ConfigError(self.not_here[name])
         found = DRAFTERS.load(name)
         if not hasattr(found, "build"):
             drafter: Drafter = found()
@@ -188,10 +259,13 @@ class Bench:
 
     def _surroundings(self, made: dict[str, Drafter]) -> Surroundings:
         engine, tokenizer = self.llm.engine, self.llm.tokenizer
-        model: Any = engine.drafters["draft_model"]
+        shares = engine.default_drafter == MODEL_DRAFTER
+        model: Any = engine.drafters[engine.default_drafter]
+        other = load_tokenizer(resolve(self.draft_model))
         return Surroundings(
             target=ModelParts(runner=engine.runner, manager=engine.manager, tokenizer=tokenizer),
-            draft=ModelParts(runner=model.runner, manager=model.manager, tokenizer=tokenizer),
+            draft=ModelParts(runner=model.runner, manager=model.manager, tokenizer=other),
+            shares_vocabulary=shares,
             datastore=self.datastore,
             drafters=dict(made),
         )
@@ -248,7 +322,7 @@ def _live(llm: LLM, arms: list[Arm], prompts: list[Prompt], sampling: SamplingPa
         timed.append(one)
         both = math.log(before.seconds_per_token) + math.log(after.seconds_per_token)
         log_ratios.append(both / 2 - math.log(one.seconds_per_token))
-    found = paired_ratio(log_ratios)
+    found = paired_ratio([[each] for each in log_ratios])
     metrics = [one.output.metrics for one in timed]
     num_drafts = sum(m.num_drafts for m in metrics)
     same = [
@@ -257,8 +331,11 @@ def _live(llm: LLM, arms: list[Arm], prompts: list[Prompt], sampling: SamplingPa
     ]
     return {
         "speculation": _given(replace(arms[0].speculation, prediction_token_ids=None)),
-        **asdict(found),
-        "verdict": found.verdict,
+        "ratio": found.ratio,
+        "low": found.low,
+        "high": found.high,
+        "num_prompts": found.num_clusters,
+        "verdict": verdict(found),
         "plain_tokens_per_second": _speed(plains),
         "tokens_per_second": _speed(timed),
         "acceptance_length": 1 + sum(m.num_accepted_tokens for m in metrics) / max(1, num_drafts),
@@ -267,6 +344,30 @@ def _live(llm: LLM, arms: list[Arm], prompts: list[Prompt], sampling: SamplingPa
         "draft_ms": 1e3 * clock.seconds / max(1, clock.num_calls),
         "num_identical": sum(same),
     }
+
+
+def across(data: Path | None, name: str, target: str, draft: str, size: tuple[int, int]) -> Entry:
+    """One drafter on a pair of two vocabularies, on beginnings of children's stories.
+
+    Args:
+        size: prompts, and tokens of each answer.
+
+    Raises:
+        ConfigError: the weights are not at hand.
+    """
+    for part in (target, draft):
+        if data is None or not (data / part).is_dir():
+            raise ConfigError(f"skipped: no {part} in the data folder; give --data FOLDER")
+    assert data is not None
+    bench = Bench(model=str(data / target), draft_model=str(data / draft), not_here={})
+    num_prompts, max_tokens = size
+    load_average = os.getloadavg()[0]
+    found = live(bench, name, list(STORIES[:num_prompts]), max_tokens)
+    return {**found, "num_threads": torch.get_num_threads(), "load_average": load_average}
+
+
+def _as_pair(target: str, draft: str) -> str:
+    return f"{Path(target).name}, drafted by {Path(draft).name}"
 
 
 def replayed(
@@ -426,11 +527,12 @@ def _sampling(max_tokens: int, temperature: float = 0.0) -> SamplingParams:
 
 
 def _params(name: str) -> SpeculationParams:
-    return SpeculationParams(**VARIANTS.get(name, {"method": name, **SMALL.get(name, {})}))
+    usual = {"method": name, **SMALL.get(name, {})}
+    return SpeculationParams(**{**VARIANTS, **ACROSS}.get(name, usual))
 
 
 def _method(name: str) -> str:
-    return str(VARIANTS[name]["method"]) if name in VARIANTS else name
+    return str(_params(name).method)
 
 
 def _given(params: SpeculationParams) -> dict[str, Any]:
@@ -501,6 +603,10 @@ def main() -> None:
     for name, workload in product(names if args.data else [], REPLAYED):
         measure = partial(replayed, name, workload, args.data, num_records, bench.datastore)
         results.get(f"replay | {name} | {workload}", measure)
+    for (target, draft), name in product(PAIRS, ACROSS):
+        if not args.drafters or _method(name) in args.drafters:
+            measure = partial(across, args.data, name, target, draft, (num_prompts, max_tokens))
+            results.get(f"across | {name} | {_as_pair(target, draft)}", measure)
     few = max(1, num_prompts // 2)
     mixed = [prompt for asked in prompts.values() for prompt in asked[:few]]
     for name, proposal in PROPOSALS.items():

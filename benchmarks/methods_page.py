@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.bars import Bar, grouped_bars
-from benchmarks.provenance import as_markdown
+from outrider.bench.provenance import as_markdown
 
 Entry: TypeAlias = dict[str, Any]
 # By (section, drafter or kind of proposal, workload).
@@ -30,6 +30,7 @@ def write_figures(entries: Entries, folder: Path, size: str) -> None:
         _write(folder / f"methods_{family}.svg", title, groups, "times plain decoding, 95 %")
     for name in dict.fromkeys(n for s, n, _ in entries if s != "rules" and "," not in n):
         _write_own(entries, folder, name, size)
+    _write_across(entries, folder / "translate.svg", size)
     title = f"Replay of recorded answers ({size})"
     everyone = [name for _, name, _ in entries]
     groups = _groups(entries, "replay", everyone, _per_call)
@@ -59,8 +60,17 @@ def _write_own(entries: Entries, folder: Path, name: str, size: str) -> None:
         _write(folder / f"{name}.svg", title, groups, "tokens per call, 95 %")
 
 
+def _write_across(entries: Entries, path: Path, size: str) -> None:
+    """The drafters on pairs of two vocabularies; nothing where those were not at hand."""
+    everyone = dict.fromkeys(name for section, name, _ in entries if section == "across")
+    groups = _groups(entries, "across", everyone, _speedup)
+    if groups:
+        title = f"Two vocabularies: speed-up over plain decoding, temperature 0 ({size})"
+        _write(path, title, groups, "times plain decoding, 95 %")
+
+
 def write_page(
-    entries: Entries, path: Path, facts: dict[str, str], size: str, prompts: Mapping[str, int]
+    entries: Entries, path: Path, facts: dict[str, Any], size: str, prompts: Mapping[str, int]
 ) -> None:
     parts = [
         "# Every drafter on every workload, every rule on the same trees",
@@ -73,10 +83,11 @@ def write_page(
         _matrix(entries, "live", _told_speedup),
         "Acceptance length / tokens per pass of the target (passes without a draft counted).",
         _matrix(entries, "live", _told_acceptance),
-        f"Milliseconds inside `draft` per call. A plain step takes {_plain_ms(entries)} ms.",
+        f"{DRAFT_MS} A plain step takes {_plain_ms(entries, 'live')} ms.",
         _matrix(entries, "live", lambda entry: f"{entry['draft_ms']:.3f}"),
         "Prompts with the tokens of plain decoding.",
         _matrix(entries, "live", lambda e: f"{e['num_identical']}/{e['num_prompts']}"),
+        *_across(entries),
         "## Drafters that need no model, on answers of other models",
         REPLAY,
         _matrix(entries, "replay", _told_replay),
@@ -98,9 +109,23 @@ SPEEDUP = (
     "Speed-up over plain decoding with its 95 % interval; in bold where the interval leaves out 1 "
     "and at least 10 prompts were answered."
 )
+DRAFT_MS = "Milliseconds inside `draft` per call."
 REPLAY = (
     "Tokens per call with their 95 % interval / acceptance length / microseconds of processor time "
     "per call. Drafters that read more than tokens cannot be replayed."
+)
+ACROSS = (
+    "The models of the demo pair have one vocabulary. These are other models: two that strangers "
+    "trained on children's stories, stories260K (0.26M parameters, 512 pieces of words) and "
+    "chars940K (0.94M, 105 letters), each of them as the drafter of the other. Neither was made to "
+    "draft: the first drafter takes about twice the time of its target for a pass, the second "
+    "about half. No pair that somebody would choose, and no row to be compared with those above. "
+    "What can be read here is how much of a drafter's guesses survives a translation, and what the "
+    "translation costs. The prompts are beginnings of stories."
+)
+ACROSS_COLUMNS = (
+    "Speed-up as above / acceptance length / milliseconds inside `draft` per call / prompts with "
+    "the tokens of plain decoding."
 )
 RULES = (
     "Acceptance length with its 95 % interval. Contexts go on by the rule `sampled`; at every step "
@@ -181,6 +206,34 @@ def _matrix(entries: Entries, section: str, told: Callable[[Entry], str]) -> str
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def _across(entries: Entries) -> list[str]:
+    """The part of the page about pairs of two vocabularies; none where nothing was measured."""
+    table = _matrix(entries, "across", _told_across)
+    if not table:
+        return []
+    steps = (
+        f"{pair}: {_plain_ms(entries, 'across', pair)} ms" for pair in _columns(entries, "across")
+    )
+    return [
+        "## Drafters across two vocabularies, on pairs of their own",
+        ACROSS,
+        f"{ACROSS_COLUMNS} A plain step takes, by pair, {'; '.join(steps)}.",
+        table,
+        _conditions(entries),
+    ]
+
+
+def _conditions(entries: Entries) -> str:
+    """What the machine was like during these rows, which may not be as it was during others."""
+    told = [entry for (section, *_), entry in entries.items() if section == "across"]
+    threads = sorted({entry["num_threads"] for entry in told if "ratio" in entry})
+    loads = [entry["load_average"] for entry in told if "ratio" in entry]
+    return (
+        f"Threads: {', '.join(map(str, threads))}. Load average before each of these rows: "
+        f"{min(loads):.1f} to {max(loads):.1f}."
+    )
+
+
 def _rules(entries: Entries) -> str:
     found = {k: e["rules"] for (s, k, _), e in entries.items() if s == "rules" and "rules" in e}
     names = list(dict.fromkeys(rule for rules in found.values() for rule in rules))
@@ -208,7 +261,7 @@ def _left_out(entries: Entries) -> str:
     given = {
         name: {key: value for key, value in entry["speculation"].items() if key != "method"}
         for (section, name, _), entry in entries.items()
-        if section == "live" and "speculation" in entry
+        if section in ("live", "across") and "speculation" in entry
     }
     lines += [
         f"- settings of `{name}`: `{settings}`" for name, settings in given.items() if settings
@@ -222,11 +275,18 @@ def _columns(entries: Entries, section: str) -> list[str]:
 
 def _told_speedup(entry: Entry) -> str:
     shown = f"{entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})"
-    return shown if entry["verdict"] == "undecided" else f"**{shown}**"
+    return f"**{shown}**" if entry["verdict"] in ("faster", "slower") else shown
 
 
 def _told_acceptance(entry: Entry) -> str:
     return f"{entry['acceptance_length']:.2f} / {entry['tokens_per_pass']:.2f}"
+
+
+def _told_across(entry: Entry) -> str:
+    return (
+        f"{_told_speedup(entry)} / {entry['acceptance_length']:.2f} / {entry['draft_ms']:.3f} / "
+        f"{entry['num_identical']} of {entry['num_prompts']}"
+    )
 
 
 def _told_replay(entry: Entry) -> str:
@@ -240,8 +300,12 @@ def _told_interval(told: Mapping[str, Any]) -> str:
     return f"{told['value']:.2f} ({told['low']:.2f} to {told['high']:.2f})"
 
 
-def _plain_ms(entries: Entries) -> str:
-    speeds = [e["plain_tokens_per_second"] for e in entries.values() if "ratio" in e]
+def _plain_ms(entries: Entries, section: str, workload: str | None = None) -> str:
+    speeds = [
+        entry["plain_tokens_per_second"]
+        for (found, _, at), entry in entries.items()
+        if found == section and workload in (None, at) and "ratio" in entry
+    ]
     if not speeds:
         return "-"
     return f"{1e3 / math.exp(sum(map(math.log, speeds)) / len(speeds)):.2f}"

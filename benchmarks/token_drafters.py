@@ -11,22 +11,34 @@ import time
 from array import array
 from collections.abc import Callable, Sequence as Items
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from benchmarks.provenance import as_markdown, provenance
+import numpy as np
+
+from outrider.bench.provenance import as_markdown, provenance
+from outrider.draft.base import Drafter
 from outrider.draft.datastore import Datastore
+from outrider.draft.lookahead import LookaheadDrafter, LookaheadState
 from outrider.draft.native.library import library
 from outrider.draft.native.suffix_tree import NativeSuffixTree
 from outrider.draft.ngram import NgramIndex, continuation
 from outrider.draft.prediction import PredictionState
-from outrider.draft.rest import CPU_NODES, heaviest
+from outrider.draft.recycle import RecycleDrafter
+from outrider.draft.rest import CPU_NODES, new_votes
+from outrider.draft.retrieval import RetrievalDrafter, RetrievalState
 from outrider.draft.suffix_tree import PlainSuffixTree, Search, SuffixTree
+from outrider.draft.votes import Ask, PlainVotes, Votes
+from outrider.request import Request, Speculation
+from outrider.sequence import Sequence
+from outrider.step import Row, RowPlan
 
 TEXT_TOKENS = 1000  # an answer
 STEP_TOKENS = 4  # entered at once, as a step commits them
 NUM_DRAFTS = 2000
 K, WIDTH, DEPTH = 8, 4, 64
 PLAIN_TOKENS = 40_000  # no more for what is not meant for more
+
+Learn: TypeAlias = Callable[[Sequence], None]
 
 
 class Index(Protocol):
@@ -99,8 +111,10 @@ class Suffix:
 class Corpus:
     """The datastore of `rest`, sorted when the last token is in; it drafts a tree of 8."""
 
-    def __init__(self) -> None:
+    def __init__(self, votes: Callable[[Datastore], Votes] = new_votes) -> None:
         self.documents: list[list[int]] = []
+        self.make_votes = votes
+        self.ask = Ask(K, CPU_NODES, CPU_NODES, 2)
 
     def begin(self) -> None:
         self.documents.append([])
@@ -110,13 +124,10 @@ class Corpus:
 
     def build(self) -> None:
         self.datastore = Datastore.build(self.documents, fingerprint="", vocab_size=1 << 30)
+        self.votes = self.make_votes(self.datastore)
 
     def draft(self, context: Items[int]) -> Items[int]:
-        length, low, high = self.datastore.search(context, 2)
-        if not length:
-            return []
-        votes = self.datastore.continuations(low, high, 5000, K)
-        return heaviest(votes, CPU_NODES, CPU_NODES, "rest").tokens
+        return self.votes.draft(context, self.ask).tokens
 
     @property
     def num_bytes(self) -> int:
@@ -136,6 +147,7 @@ INDEXES: dict[str, Callable[[], Index]] = {
     "suffix, width 4": lambda: Suffix(native(), WIDTH),
     "suffix, longest": lambda: Suffix(native(), mode="longest"),
     "rest": Corpus,
+    "rest, plain Python": lambda: Corpus(PlainVotes),
     "prediction": Ngram,  # has no index of its own until the answer strays: see `predicted`
     "suffix, plain Python": lambda: Suffix(PlainSuffixTree(DEPTH)),
 }
@@ -211,6 +223,76 @@ def predicted(tokens: list[int]) -> str:
     return f"{enter:,.0f} | {spent / calls * 1e9:,.0f} | {count / calls:.1f} |  |  |  | "
 
 
+def sequence_drafts(name: str, tokens: list[int], num_tokens: int) -> str:
+    """Drafts after a prompt of so many tokens (the median), as the engine asks for them.
+
+    What the target says is drawn from the text.
+    """
+    rng = random.Random(0)
+    drafter, learn = SEQUENCE_DRAFTERS[name](max(tokens) + 1, lambda: rng.choice(tokens))
+    seq = sequence(drafter, tokens[:num_tokens])
+    drafter.open(seq)
+    size = seq.speculation
+    plan = [RowPlan(name, size.num_draft_tokens, size.width, size.num_nodes)]
+    spent, count = [], 0
+    for at in range(num_tokens, num_tokens + STEP_TOKENS * NUM_DRAFTS, STEP_TOKENS):
+        seq.tokens += tokens[at : at + STEP_TOKENS]
+        learn(seq)
+        start = time.perf_counter()
+        (tree,) = drafter.draft([Row(seq, 1, size.num_nodes)], plan)
+        spent.append(time.perf_counter() - start)
+        count += len(tree)
+    usual = sorted(spent)[NUM_DRAFTS // 2]
+    return f" | {usual * 1e9:,.0f} | {count / NUM_DRAFTS:.1f} |  |  |  | "
+
+
+def sequence(drafter: Drafter, tokens: list[int]) -> Sequence:
+    """With the drafter's own settings."""
+    depth, width = drafter.default_draft_tokens, drafter.default_width
+    speculation = Speculation(
+        drafter=drafter.name,
+        num_draft_tokens=depth,
+        width=width,
+        num_nodes=drafter.default_num_nodes or depth * width,
+        options={option: value.default for option, value in drafter.options.items()},
+    )
+    request = Request(id="r", prompt_token_ids=tuple(tokens))
+    return Sequence(
+        id="r", request=request, index=0, tokens=list(tokens), seed=0, speculation=speculation
+    )
+
+
+def retrieval(vocab_size: int, draw: Callable[[], int]) -> tuple[Drafter, Learn]:
+    def learn(seq: Sequence) -> None:
+        state: RetrievalState = seq.drafter_state["retrieval"]
+        state.ranked = list({draw(): 0 for _ in range(1 + CPU_NODES)})
+        state.num_tokens = len(seq.tokens)
+
+    return RetrievalDrafter(), learn
+
+
+def lookahead(vocab_size: int, draw: Callable[[], int]) -> tuple[Drafter, Learn]:
+    def learn(seq: Sequence) -> None:
+        state: LookaheadState = seq.drafter_state["lookahead"]
+        state.learn([draw() for _ in state.tips])
+
+    return LookaheadDrafter(), learn
+
+
+def recycle(vocab_size: int, draw: Callable[[], int]) -> tuple[Drafter, Learn]:
+    drafter = RecycleDrafter(vocab_size)
+    table = drafter.successors()
+    table[:-1] = np.random.default_rng(0).integers(0, vocab_size, table[:-1].shape)
+    return drafter, lambda seq: None
+
+
+SEQUENCE_DRAFTERS: dict[str, Callable[[int, Callable[[], int]], tuple[Drafter, Learn]]] = {
+    "retrieval": retrieval,
+    "lookahead": lookahead,
+    "recycle": recycle,
+}
+
+
 def forgetting(index: Suffix) -> float:
     """Seconds per token of the oldest answers; what is left is a tenth smaller."""
     count = max(1, len(index.texts) // 10)
@@ -224,6 +306,8 @@ def measure(name: str, tokens: list[int], num_tokens: int) -> str:
     known, new = tokens[:num_tokens], tokens[num_tokens : num_tokens + 20_000]
     if name == "prediction":
         return predicted(known)
+    if name in SEQUENCE_DRAFTERS:
+        return sequence_drafts(name, tokens, num_tokens)
     spent = []
     for _ in range(9 if num_tokens < 10_000 else 3):
         index = INDEXES[name]()
@@ -254,16 +338,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, help="a text, may be .xz; else words by Zipf's law")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 32_000, 1_000_000])
-    parser.add_argument("--index", nargs="+", choices=INDEXES, default=list(INDEXES))
+    names = [*INDEXES, *SEQUENCE_DRAFTERS]
+    parser.add_argument("--index", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     facts, tokens = provenance(), read_tokens(args.text)
     print("| index | tokens | enter | draft, new text | K | draft, known | K | forget | bytes |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in args.index:
         for num_tokens in args.tokens:
-            if "plain" in name and num_tokens > PLAIN_TOKENS:
+            if name == "suffix, plain Python" and num_tokens > PLAIN_TOKENS:
                 continue
-            if num_tokens + DEPTH > len(tokens):
+            if num_tokens + max(DEPTH, STEP_TOKENS * NUM_DRAFTS) > len(tokens):
                 raise SystemExit(f"the text has {len(tokens)} tokens: --tokens must be less")
             print(f"| {name} | {num_tokens:,} | {measure(name, tokens, num_tokens)} |", flush=True)
     print("\n" + as_markdown(facts))

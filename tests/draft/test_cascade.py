@@ -182,7 +182,7 @@ def test_it_is_registered_and_says_what_it_needs():
     (cascade("ngram, ngram"), "names ngram twice"),
     (cascade("cascade"), "part of a cascade 'cascade'"),
     (cascade("suffix", options={"inner": "ngram"}), r"key of cascade 'inner' \(known: .*alpha"),
-    (cascade("ngram", options={"min_score": -1}), r"min_score.*must lie in \[0, 64\]"),
+    (cascade("suffix", options={"min_score": -1}), r"min_score.*must lie in \[0, 64\]"),
     (cascade("ngram", options={"window": 3}), "window"),
     (cascade("suffix,draft_model", width=3, options={"inner": "ngram"}), "not width=3"),
     (cascade("suffix", draft_sample_method="probabilistic"), "drafts greedy only"),

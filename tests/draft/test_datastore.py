@@ -142,6 +142,10 @@ def other_length(folder):
     np.save(folder / "positions.npy", np.zeros(2, dtype=np.int32))
 
 
+def other_numbers(folder):
+    np.save(folder / "tokens.npy", np.zeros(6))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -151,6 +155,7 @@ def other_length(folder):
         (lambda folder: (folder / "datastore.json").write_text('{"format": "x"}'), "other format"),
         (lambda folder: (folder / "tokens.npy").unlink(), r"tokens\.npy.* build it again"),
         (cut_short, "build it again"),
+        (other_numbers, "another format: build it again"),
         (other_length, "incomplete: build it again"),
     ],
 )

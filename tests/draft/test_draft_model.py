@@ -7,15 +7,12 @@ from itertools import product
 import pytest
 import torch
 
-from outrider.cache.pool import KVPool
-from outrider.cache.table import BlockManager
 from outrider.draft.draft_model import MAX_CATCH_UP_TOKENS, ModelDrafter, fit
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.errors import RequestError
-from outrider.models.runner import Piece, Runner
 from outrider.request import Request, SamplingParams, SpeculationParams
-from outrider.step import EMPTY_TREE, Commit
+from outrider.step import Commit
 from outrider.testing import (
     ScriptedDrafter,
     events,
@@ -26,54 +23,31 @@ from outrider.testing import (
     tiny_decoder,
     tiny_engine,
 )
+from tests.draft import draft_models
+from tests.draft.draft_models import (
+    OFF,
+    drafter_of,
+    exact_output_law,
+    kv,
+    last_logits,
+    pooled,
+    prefilled,
+)
 
-OFF = SpeculationParams(method="off")
 K4 = SpeculationParams(method="draft_model", num_draft_tokens=4)
 GREEDY = SamplingParams(max_tokens=30, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=30, temperature=0.9, ignore_eos=True)
 
 
-def request(name="r", speculation=K4, sampling=GREEDY, length=9, seed=5, **more):
-    prompt = tuple((11 * seed + j * j) % 90 + 30 for j in range(length))
-    return Request(
-        id=name,
-        prompt_token_ids=prompt,
-        sampling=sampling,
-        speculation=speculation,
-        seed=seed,
-        **more,
-    )
-
-
-def runner(network, num_blocks=256, block_size=4):
-    spec = network.spec
-    pool = KVPool(spec.kv_shapes, num_blocks, block_size, spec.dtype, spec.device)
-    return Runner(network, pool), BlockManager(num_blocks, block_size)
+def request(name="r", speculation=K4, sampling=GREEDY, **more):
+    return draft_models.request(name, speculation, sampling, **more)
 
 
 def pair(target, draft, *, num_draft_blocks=256, **options):
     """An engine of these two models, without text; its draft model has a pool of its own size."""
-    drafter = ModelDrafter(*runner(draft, num_draft_blocks), target.spec.vocab_size)
+    drafter = ModelDrafter(*pooled(draft, num_draft_blocks), target.spec.vocab_size)
     config = EngineConfig(block_size=4, check_integrity=True, **{"max_num_seqs": 16, **options})
-    return Engine(*runner(target), config, drafters=[drafter], default_drafter="draft_model")
-
-
-def drafter_of(engine) -> ModelDrafter:
-    return engine.drafters["draft_model"]
-
-
-def kv(a_runner, table, count):
-    slots = torch.tensor(table.slots(0, count))
-    return [part[slots] for layer in a_runner.pool.layers for part in layer]
-
-
-def prefilled(a_runner, tokens):
-    """KV of these tokens from one pass over nothing else."""
-    fresh, manager = runner(a_runner.network)
-    table, _ = manager.open(tokens)
-    manager.reserve(table, len(tokens))
-    fresh.run([Piece(table, 0, tokens, EMPTY_TREE, False)])
-    return kv(fresh, table, len(tokens))
+    return Engine(*pooled(target), config, drafters=[drafter], default_drafter="draft_model")
 
 
 def assert_kv_follows_the_log(engine) -> int:
@@ -359,13 +333,6 @@ def test_a_recorded_law_is_that_of_the_draft_model_after_that_path():
         assert torch.allclose(tree.law(node), law_V, atol=1e-9)
 
 
-def last_logits(network, tokens):
-    fresh, manager = runner(network)
-    table, _ = manager.open(tokens)
-    manager.reserve(table, len(tokens))
-    return fresh.run([Piece(table, 0, list(tokens), EMPTY_TREE, True)]).logits_NV[0]
-
-
 @pytest.mark.parametrize("method", ["coupled", "greedy"])
 def test_other_methods_record_none(method):
     engine = tiny_engine(draft_seed=2)
@@ -477,19 +444,6 @@ def test_nothing_to_snapshot_before_the_first_draft():
     assert drafter_of(engine).snapshot(seq) is None
 
 
-def exact_law(network, prompt, length, temperature):
-    """P(first `length` tokens) by running the model over every prefix."""
-    size, law = network.spec.vocab_size, {(): 1.0}
-    for _ in range(length):
-        longer = {}
-        for path, weight in law.items():
-            logits_V = last_logits(network, [*prompt, *path])
-            p_V = (logits_V.double() / temperature).softmax(dim=0)
-            longer.update({(*path, t): weight * float(p_V[t]) for t in range(size)})
-        law = longer
-    return law
-
-
 @pytest.mark.parametrize(
     ("verifier", "method"),
     [("rejection", "probabilistic"), ("rejection", "greedy"), ("sampled", "coupled")],
@@ -509,7 +463,7 @@ def test_output_has_the_targets_law(verifier, method):
         for i in range(num_samples)
     ])  # fmt: skip
     counts = Counter(tuple(tokens[:2]) for tokens in seen.values())
-    law = exact_law(target, prompt, 2, temperature)
+    law = exact_output_law(target, prompt, 2, temperature)
     assert math.isclose(sum(law.values()), 1.0)
     cells = [(counts[path], num_samples * law[path]) for path in product(range(4), repeat=2)]
     assert min(expected for _, expected in cells) > 3, "a fair test needs no empty cells"

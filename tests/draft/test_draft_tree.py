@@ -8,18 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from outrider.cache.pool import KVPool
-from outrider.cache.table import BlockManager
 from outrider.draft.draft_model import ModelDrafter
 from outrider.draft.growth import Chains, Line, Siblings, draw_siblings
 from outrider.draft.tree_search import BestFirst
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
-from outrider.models.runner import Piece, Runner
 from outrider.request import Request, SamplingParams, SpeculationParams
 from outrider.sampling.grammar import GrammarCompiler
 from outrider.sampling.rng import PositionStream, RootStream
-from outrider.step import EMPTY_TREE, DraftTree
+from outrider.step import DraftTree
 from outrider.testing import (
     ByteTokenizer,
     ToyModel,
@@ -35,9 +32,19 @@ from outrider.verify.gbv import GbvVerifier
 from outrider.verify.spectr import SpectrVerifier
 from outrider.verify.traversal import TraversalVerifier
 from outrider.verify.tree import TreeVerifier
+from tests.draft.draft_models import (
+    GREEDY,
+    OFF,
+    drafter_of,
+    exact_output_law,
+    kv,
+    last_logits,
+    pooled,
+    prefilled,
+    request,
+)
+from tests.verify.toy_problems import EXACT, toys
 
-OFF = SpeculationParams(method="off")
-GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, ignore_eos=True)
 SHAPED = SamplingParams(
     max_tokens=24, temperature=1.1, top_k=40, top_p=0.95, repetition_penalty=1.2,
@@ -63,7 +70,6 @@ PAIRS = [
     ("spectr", "independent"),
     ("gbv", "independent"),
 ]
-EXACT = 1e-12
 HALF_RIGHT = 0.01  # noise on the weights with which a draft model errs half of the time
 
 
@@ -77,34 +83,12 @@ def tree_of(method="greedy", k=4, width=3, **more):
     )
 
 
-def request(name="r", speculation=OFF, sampling=GREEDY, length=9, seed=5, **more):
-    prompt = tuple((11 * seed + j * j) % 90 + 30 for j in range(length))
-    return Request(
-        id=name,
-        prompt_token_ids=prompt,
-        sampling=sampling,
-        speculation=speculation,
-        seed=seed,
-        **more,
-    )
-
-
 def requests(sampling, speculation, count=4):
     return [request(f"r{i}", speculation, sampling, length=5 + 3 * i, seed=i) for i in range(count)]
 
 
-def pooled(network, num_blocks=256, block_size=4):
-    spec = network.spec
-    pool = KVPool(spec.kv_shapes, num_blocks, block_size, spec.dtype, spec.device)
-    return Runner(network, pool), BlockManager(num_blocks, block_size)
-
-
 def engine(draft_noise=HALF_RIGHT, **more):
     return tiny_engine(draft_noise=draft_noise, **more)
-
-
-def drafter_of(used) -> ModelDrafter:
-    return used.drafters["draft_model"]
 
 
 def grown(growth, model) -> tuple[DraftTree, int]:
@@ -256,17 +240,13 @@ def drawing(grow, q, width, depth, num_nodes):
     return draft
 
 
-def toys(size, zeros, count=3):
-    return [(ToyModel(f"p{i}", size, zeros), ToyModel(f"q{i}", size, zeros)) for i in range(count)]
-
-
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
 @pytest.mark.parametrize(("size", "width", "depth", "num_nodes"), [
     (2, 2, 2, 4), (3, 2, 2, 4), (3, 2, 2, 3), (3, 3, 1, 3),
 ])  # fmt: skip
 @pytest.mark.parametrize(("rule", "grow"), DRAWING)
 def test_drawn_trees_leave_the_target_law_alone(rule, grow, size, width, depth, num_nodes, zeros):
-    for p, q in toys(size, zeros):
+    for p, q in toys(size, zeros, 3):
         call = speculate(rule(), p, drawing(grow, q, width, depth, num_nodes))
         assert bias(call, p, depth + 2) < EXACT
 
@@ -274,7 +254,7 @@ def test_drawn_trees_leave_the_target_law_alone(rule, grow, size, width, depth, 
 @pytest.mark.parametrize(("rule", "grow"), DRAWING)
 def test_dead_ends_of_the_draft_model_leave_the_target_law_alone(rule, grow):
     """It may have no law after some paths; which chains go on then depends on what was drawn."""
-    for p, q in toys(3, 0.0):
+    for p, q in toys(3, count=3):
         dead = lambda path, q=q: None if path[:1] == (1,) else q(path)  # noqa: E731
         call = speculate(rule(), p, drawing(grow, dead, 2, 2, 4))
         assert bias(call, p, 4) < EXACT
@@ -289,7 +269,8 @@ def test_the_enumeration_sees_siblings_recorded_with_the_law_of_the_first():
 
         return draft
 
-    assert max(bias(speculate(TreeVerifier(), p, mutant(q)), p, 3) for p, q in toys(3, 0.0)) > 1e-2
+    biases = [bias(speculate(TreeVerifier(), p, mutant(q)), p, 3) for p, q in toys(3, count=3)]
+    assert max(biases) > 1e-2
 
 
 def test_the_enumeration_sees_a_shape_that_looks_at_what_was_drawn():
@@ -303,7 +284,8 @@ def test_the_enumeration_sees_a_shape_that_looks_at_what_was_drawn():
 
         return draft
 
-    assert max(bias(speculate(TreeVerifier(), p, mutant(q)), p, 3) for p, q in toys(3, 0.0)) > 1e-3
+    biases = [bias(speculate(TreeVerifier(), p, mutant(q)), p, 3) for p, q in toys(3, count=3)]
+    assert max(biases) > 1e-3
 
 
 @pytest.mark.parametrize(("width", "depth", "num_nodes", "parents"), [
@@ -427,13 +409,6 @@ def test_at_temperature_0_every_method_drafts_the_greedy_tree():
     assert all(trees == made[0] for trees in made)
 
 
-def last_logits(network, tokens):
-    fresh, manager = pooled(network)
-    table, _ = manager.open(tokens)
-    manager.reserve(table, len(tokens))
-    return fresh.run([Piece(table, 0, list(tokens), EMPTY_TREE, True)]).logits_NV[0]
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_greedy_tree_is_the_best_first_tree_of_the_draft_models_laws(sampling):
     used = tiny_engine(draft_seed=2)
@@ -470,19 +445,6 @@ def test_recorded_laws_are_those_of_the_draft_model_after_each_path(method):
                 law_V[tree.tokens[earlier]] = 0.0
             law_V /= law_V.sum()
         assert torch.allclose(tree.law(node), law_V, atol=1e-9)
-
-
-def kv(a_runner, table, count):
-    slots = torch.tensor(table.slots(0, count))
-    return [part[slots] for layer in a_runner.pool.layers for part in layer]
-
-
-def prefilled(a_runner, tokens):
-    fresh, manager = pooled(a_runner.network)
-    table, _ = manager.open(tokens)
-    manager.reserve(table, len(tokens))
-    fresh.run([Piece(table, 0, tokens, EMPTY_TREE, False)])
-    return kv(fresh, table, len(tokens))
 
 
 def assert_draft_kv_follows_the_log(used) -> int:
@@ -620,18 +582,6 @@ def test_under_a_grammar_every_node_keeps_to_it(method, temperature):
     assert len(drafted) > 3
     # An independent chain that has come to its end goes on: it must be as long as the others.
     assert drafted <= letters | ({0} if method == "independent" else set())
-
-
-def exact_output_law(network, prompt, length, temperature):
-    size, law = network.spec.vocab_size, {(): 1.0}
-    for _ in range(length):
-        longer = {}
-        for path, weight in law.items():
-            logits_V = last_logits(network, [*prompt, *path])
-            p_V = (logits_V.double() / temperature).softmax(dim=0)
-            longer.update({(*path, t): weight * float(p_V[t]) for t in range(size)})
-        law = longer
-    return law
 
 
 @pytest.mark.parametrize(("verifier", "method"), PAIRS)

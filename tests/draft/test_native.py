@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outrider.draft.native.library import SOURCES, library
+from outrider.draft.native.library import DATASTORE_SOURCES, SOURCES, library
 from outrider.draft.native.suffix_tree import NativeSuffixTree
 from outrider.draft.suffix_tree import NO_GUESS, PlainSuffixTree, Search
 from outrider.ops.cpu import build
@@ -312,10 +312,11 @@ def test_what_was_removed_is_used_again(alphabet):
 
 
 def test_importing_compiles_nothing_and_the_sources_are_there():
-    assert (SOURCES.folder / SOURCES.main).is_file()
+    for sources in (SOURCES, DATASTORE_SOURCES):
+        assert (sources.folder / sources.main).is_file()
     code = (
-        "import outrider.draft.suffix, outrider.draft.native.library as m; "
-        "assert m.library.cache_info().currsize == 0"
+        "import outrider.draft.suffix, outrider.draft.rest, outrider.draft.native.library as m; "
+        "assert m.library.cache_info().currsize == m.datastore_library.cache_info().currsize == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -282,3 +282,11 @@ def test_tenants_see_nothing_of_one_another():
     assert drafter.successors("a")[3, 0] == 4
     drafter.successors("c")  # b was not used for longest
     assert set(drafter.tables) == {"a", "c"}
+
+
+def test_fewer_successors_are_a_narrower_table_and_tree():
+    drafter = RecycleDrafter(16, num_successors=2)
+    teach(drafter, ([3], [], [falling(4, 5, 6)]))
+    assert drafter.tables[""].shape == (17, 2)
+    assert (drafter.default_width, drafter.max_width) == (2, 2)
+    assert set(draft(drafter, [3]).tokens) == {4, 5}

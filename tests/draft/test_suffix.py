@@ -2,6 +2,7 @@
 
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -379,3 +380,26 @@ def test_a_setting_that_is_not_known_is_refused():
         engine.add(request("r", mode="shortest"))
     with pytest.raises(RequestError, match="min_probability"):
         engine.add(request("r", min_probability=1.5))
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha", 2.0), ("offset", 1.0),
+                                             ("min_probability", 0.3)])  # fmt: skip
+def test_what_the_longest_match_has_no_use_for_is_refused(name, value):
+    engine = tiny_engine(drafters=[SuffixDrafter()], draft_seed=None)
+    message = f"'{name}'\\]={value}: is for mode 'frequency' of suffix"
+    with pytest.raises(RequestError, match=message):
+        engine.add(request("r", mode="longest", **{name: value}))
+    engine.add(request("r", mode="longest"))
+
+
+def test_the_longest_match_is_a_chain():
+    asked = {"drafter_options": {"mode": "longest"}, "width": 2, "method": "suffix"}
+    engine = tiny_engine(drafters=[SuffixDrafter(), "cascade"], draft_seed=None)
+    made = request("r")
+    with pytest.raises(RequestError, match="width=2: mode 'longest' of suffix drafts chains"):
+        engine.add(replace(made, speculation=SpeculationParams(**asked)))
+    asked |= {"method": "cascade", "drafter_options": {"parts": "suffix,ngram", "mode": "longest"}}
+    engine.add(replace(made, speculation=SpeculationParams(**asked)))
+    asked["drafter_options"]["parts"] = "suffix"
+    with pytest.raises(RequestError, match="width=2: mode 'longest'"):
+        engine.add(replace(made, id="s", speculation=SpeculationParams(**asked)))

@@ -1,6 +1,7 @@
 """A draft model of another vocabulary: the same tokens, true laws, draft KV that follows."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -160,8 +161,9 @@ def test_tokens_are_those_of_plain_decoding(plain, pair, kind, way):
 def test_however_drafts_are_drawn(plain, way, method):
     used = twins()
     asked = by(way, draft_sample_method=method, num_draft_tokens=7)
-    if (way, method) == ("strings", "probabilistic"):
-        with pytest.raises(RequestError, match="strings here, picked without a law"):
+    if way == "strings" and method != "greedy":
+        message = f"{method}'.* greedy only with by='strings'; drop it, or use .*'by': 'auto'"
+        with pytest.raises(RequestError, match=message):
             run(used, requests(used, SAMPLED, asked))
         return
     assert run(used, requests(used, SAMPLED, asked)) == plain["twins", "sampled"]
@@ -521,6 +523,37 @@ def test_build_refuses_what_it_cannot_translate(missing, match):
         TranslateDrafter.build(surroundings)
 
 
+@pytest.mark.parametrize(
+    ("pair", "way", "verifier", "method"),
+    [
+        ("twins", "auto", None, "coupled"),
+        ("twins", "auto", "rejection", "probabilistic"),
+        ("coarser", "tokens", None, "coupled"),
+        ("coarser", "strings", None, "greedy"),
+        ("coarser", "strings", "rejection", "greedy"),
+    ],
+)
+def test_without_a_word_drafts_are_drawn_as_the_way_allows(pair, way, verifier, method):
+    """And what is in force is what the sequence says."""
+    used = PAIRS[pair]()
+    used.add(requests(used, SAMPLED, by(way, verifier=verifier), 1)[0])
+    used.step()
+    (seq,) = used.scheduler.running
+    assert seq.speculation.draft_sample_method == method
+
+
+def test_a_method_of_another_part_is_picked_for_here():
+    """A cascade may ask for chains that this drafter cannot draw: none without its law."""
+    used = twins()
+    used.add(requests(used, SAMPLED, by("tokens"), 1)[0])
+    used.step()
+    (seq,) = used.scheduler.running
+    for method, is_picked in (("independent", True), ("probabilistic", False)):
+        seq.speculation = replace(seq.speculation, draft_sample_method=method)
+        course = drafter_of(used).ways["tokens"].course(seq, None, 3)
+        assert (course.stream is None) == is_picked
+
+
 def test_options_are_checked():
     used = twins()
     (asked,) = requests(used, GREEDY, by("words"), 1)
@@ -546,7 +579,7 @@ def test_from_folders_translation_is_what_such_a_pair_does(folders, sampling):
     target, draft = folders
     prompts = ["def main(", "the quick cat 🐈"]
     expected = LLM(target).generate(prompts, sampling)
-    llm = LLM(target, draft_model=draft)
+    llm = LLM(target, draft_model=draft, policy="fixed")
     for way in (None, by("strings")):
         told = llm.generate(prompts, sampling, speculation=way)
         assert [a.token_ids for a in told] == [a.token_ids for a in expected]
@@ -565,7 +598,7 @@ def test_real_models_speed_each_other_up(shared_data, target, draft, way, least)
     prompts = ["Once upon a time", "The little dog was", "Lily and Tom"]
     for sampling in (SamplingParams(max_tokens=80), SamplingParams(temperature=0.8, seed=3)):
         expected = LLM(str(folder / target)).generate(prompts, sampling)
-        llm = LLM(str(folder / target), draft_model=str(folder / draft))
+        llm = LLM(str(folder / target), draft_model=str(folder / draft), policy="fixed")
         told = llm.generate(prompts, sampling, speculation=by(way))
         assert [a.text for a in told] == [a.text for a in expected]
         lengths = [answer.metrics.acceptance_length for answer in told]

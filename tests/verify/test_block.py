@@ -17,7 +17,6 @@ from outrider.testing import (
     check_verifier,
     draw_chain,
     exact_law,
-    expected_accepted,
     pick_chain,
     speculate,
 )
@@ -25,29 +24,15 @@ from outrider.testing.enumerate import Context, Draft, Model
 from outrider.verify.base import Verifier
 from outrider.verify.block import BlockVerifier, correction, excess, longest_block, weigh
 from outrider.verify.rejection import RejectionVerifier
+from tests.verify.toy_problems import BIASED, EXACT, accepted_on_average, law, toys
 
-EXACT = 1e-12
-BIASED = 1e-3
 SIZES = [(2, 2), (3, 2), (2, 3), (3, 3)]
-
-
-def toys(size: int, zeros: float = 0.0) -> list[tuple[Model, Model]]:
-    """Random (p, q) pairs; `zeros` is the share of tokens that each forbids."""
-    return [(ToyModel(f"p{i}", size, zeros), ToyModel(f"q{i}", size, zeros)) for i in range(8)]
 
 
 def fixed(*weights: float) -> Model:
     """The same law everywhere."""
     law_V = law(*weights)
     return lambda context: law_V
-
-
-def law(*weights: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(weights, dtype=dtype)
-
-
-def accepted_on_average(verifier: Verifier, p: Model, draft: Draft) -> float:
-    return expected_accepted(speculate(verifier, p, draft))
 
 
 # The law of the output.

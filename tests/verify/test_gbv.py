@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
 from outrider.errors import RequestError
-from outrider.request import Request, SamplingParams, SpeculationParams
+from outrider.request import SamplingParams, SpeculationParams
 from outrider.step import EMPTY_TREE, DraftTree
 from outrider.testing import (
     ToyLaws,
@@ -24,19 +23,11 @@ from outrider.verify import gbv
 from outrider.verify.block import BlockVerifier
 from outrider.verify.gbv import GbvVerifier, Picked, pick_chain
 from outrider.verify.tree import TreeVerifier
+from tests.verify.toy_problems import EXACT, law, request, toys
 
-EXACT = 1e-12
 SIZES = [(2, 2, 2), (3, 2, 2), (2, 3, 2), (2, 2, 3), (3, 1, 3), (4, 1, 2)]  # V, K, M
 RULES = [GbvVerifier(), GbvVerifier(rule="recursive")]
 SELECTION, RECURSIVE = RULES
-
-
-def toys(size, zeros, count=8):
-    return [(ToyModel(f"p{i}", size, zeros), ToyModel(f"q{i}", size, zeros)) for i in range(count)]
-
-
-def law(*weights):
-    return torch.tensor(weights, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("verifier", RULES, ids=lambda v: v.rule)
@@ -277,9 +268,3 @@ def test_in_the_engine_greedy_tokens_are_those_of_plain_decoding(rule):
         for speculation in (SpeculationParams(method="off"), asked)
     ]
     assert tokens[0] == tokens[1]
-
-
-def request(sampling, speculation):
-    return Request(
-        id="r", prompt_token_ids=(40, 50, 60), sampling=sampling, speculation=speculation, seed=1
-    )

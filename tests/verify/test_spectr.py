@@ -5,7 +5,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 
-from outrider.request import Request, SamplingParams, SpeculationParams
+from outrider.request import SamplingParams, SpeculationParams
 from outrider.sampling.rng import RootStream
 from outrider.step import EMPTY_TREE, DraftTree
 from outrider.testing import (
@@ -24,17 +24,9 @@ from outrider.testing import (
 from outrider.verify import spectr
 from outrider.verify.rejection import RejectionVerifier
 from outrider.verify.spectr import SpectrVerifier, chains_of, division_factor, expected_tries
+from tests.verify.toy_problems import EXACT, law, request, toys
 
-EXACT = 1e-12
 SIZES = [(2, 2, 2), (3, 2, 2), (2, 3, 2), (2, 2, 3), (3, 1, 3), (4, 1, 2)]  # V, K, M
-
-
-def toys(size, zeros, count=8):
-    return [(ToyModel(f"p{i}", size, zeros), ToyModel(f"q{i}", size, zeros)) for i in range(count)]
-
-
-def law(*weights):
-    return torch.tensor(weights, dtype=torch.float64)
 
 
 def test_it_passes_what_every_verifier_must():
@@ -227,9 +219,3 @@ def test_in_the_engine_greedy_tokens_are_those_of_plain_decoding():
         for speculation in (SpeculationParams(method="off"), asked)
     ]
     assert tokens[0] == tokens[1]
-
-
-def request(sampling, speculation):
-    return Request(
-        id="r", prompt_token_ids=(40, 50, 60), sampling=sampling, speculation=speculation, seed=1
-    )

@@ -1,6 +1,6 @@
 """TraversalVerifier: exact law on every kind of tree, block on chains, never below recursion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -25,38 +25,26 @@ from outrider.testing import (
     speculate,
 )
 from outrider.testing.enumerate import Context, Draft, Model
-from outrider.verify.base import Verifier
 from outrider.verify.block import BlockVerifier
 from outrider.verify.traversal import TraversalVerifier
 from outrider.verify.tree import TreeVerifier
+from tests.verify.toy_problems import (
+    BIASED,
+    EXACT,
+    accepted_on_average,
+    law,
+    law_is_right,
+    most_apart,
+    recorded,
+    toys,
+    without,
+    worst,
+    zeroed,
+)
 
-EXACT = 1e-12
-BIASED = 1e-3
 SIZES = [(2, 2), (3, 2), (2, 3), (3, 3)]
 TREES = [(2, (2, 1)), (3, (2, 1)), (2, (2, 2)), (2, (2, 1, 1))]
 LARGE_TREES = [(3, (2, 2)), (3, (2, 1, 1)), (3, (3, 1)), (2, (1, 2, 1))]
-
-
-def toys(size: int, zeros: float = 0.0, count: int = 8) -> list[tuple[Model, Model]]:
-    """Random (p, q) pairs; `zeros` is the share of tokens that each forbids."""
-    return [(ToyModel(f"p{i}", size, zeros), ToyModel(f"q{i}", size, zeros)) for i in range(count)]
-
-
-def law(*weights: float) -> Tensor:
-    return torch.tensor(weights, dtype=torch.float64)
-
-
-def law_is_right(p: Model, drafts: Sequence[Draft], length: int) -> bool:
-    rule = TraversalVerifier()
-    return all(bias(speculate(rule, p, draft), p, length) < EXACT for draft in drafts)
-
-
-def accepted_on_average(verifier: Verifier, p: Model, draft: Draft) -> float:
-    return expected_accepted(speculate(verifier, p, draft))
-
-
-def most_apart(one: dict[object, float], other: dict[object, float]) -> float:
-    return max(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in one | other)
 
 
 def mixed(q: Model, widths: Sequence[int], is_picked: Sequence[bool]) -> Draft:
@@ -97,7 +85,7 @@ def test_it_passes_what_every_verifier_must():
 def test_trees_leave_the_target_law_alone(size, widths, zeros):
     for p, q in toys(size, zeros):
         drafts = [make(q, widths) for make in (draw_siblings, pick_tree)]
-        assert law_is_right(p, drafts, len(widths) + 2)
+        assert law_is_right(TraversalVerifier(), p, drafts, len(widths) + 2)
 
 
 @pytest.mark.slow
@@ -106,7 +94,7 @@ def test_trees_leave_the_target_law_alone(size, widths, zeros):
 def test_larger_trees_leave_the_target_law_alone(size, widths, zeros):
     for p, q in toys(size, zeros):
         drafts = [make(q, widths) for make in (draw_siblings, pick_tree)]
-        assert law_is_right(p, drafts, len(widths) + 2)
+        assert law_is_right(TraversalVerifier(), p, drafts, len(widths) + 2)
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
@@ -114,7 +102,9 @@ def test_larger_trees_leave_the_target_law_alone(size, widths, zeros):
 def test_mixed_trees_leave_the_target_law_alone(is_picked, zeros):
     for size, widths in TREES:
         for p, q in toys(size, zeros):
-            assert law_is_right(p, [mixed(q, widths, is_picked)], len(widths) + 2)
+            assert law_is_right(
+                TraversalVerifier(), p, [mixed(q, widths, is_picked)], len(widths) + 2
+            )
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
@@ -123,7 +113,9 @@ def test_mixed_trees_leave_the_target_law_alone(is_picked, zeros):
 )
 def test_independent_chains_leave_the_target_law_alone(size, num_chains, length, zeros):
     for p, q in toys(size, zeros):
-        assert law_is_right(p, [draw_chains(q, num_chains, length)], length + 2)
+        assert law_is_right(
+            TraversalVerifier(), p, [draw_chains(q, num_chains, length)], length + 2
+        )
 
 
 def test_consecutive_calls_leave_the_target_law_alone():
@@ -239,44 +231,17 @@ def test_a_perfect_drafter_is_always_believed(widths):
 # Mutants: each known mistake is built once, and the enumeration must see it.
 
 
-def worst(make: Callable[[Model], Draft], verifier: Verifier | None = None) -> float:
-    """Largest bias over the toys of a draft, or of a verifier, with a mistake in it."""
-    rule = verifier or TraversalVerifier()
-    return max(bias(speculate(rule, p, make(q)), p, 4) for p, q in toys(3))
-
-
-def recorded(q: Model, draft: Draft, record: Callable[[Tensor, list[int]], Tensor]) -> Draft:
-    """The same tokens; as the law of each is recorded `record(q, tokens of siblings before)`."""
-
-    def mutant(context: Context, stream: Stream) -> DraftTree:
-        tree = draft(context, stream)
-        laws = []
-        for node, parent in enumerate(tree.parents):
-            before = [tree.tokens[i] for i in tree.children(parent) if i < node]
-            laws.append(record(q(context + tree.path_tokens(parent)), before))
-        return DraftTree(tokens=tree.tokens, parents=tree.parents, laws=tuple(laws))
-
-    return mutant
-
-
-def zeroed(q_V: Tensor, tokens: list[int]) -> Tensor:
-    rest_V = q_V.clone()
-    rest_V[tokens] = 0.0
-    return rest_V
-
-
-def without(q_V: Tensor, tokens: list[int]) -> Tensor:
-    rest_V = zeroed(q_V, tokens)
-    return rest_V / rest_V.sum()
-
-
 def test_the_recorder_of_mutants_can_record_the_truth():
-    assert worst(lambda q: recorded(q, draw_siblings(q, (2, 1)), without)) < EXACT
+    assert (
+        worst(TraversalVerifier(), lambda q: recorded(q, draw_siblings(q, (2, 1)), without)) < EXACT
+    )
 
 
 @pytest.mark.parametrize("record", [zeroed, lambda q_V, before: q_V], ids=["zeroed", "plain"])
 def test_q_not_renormalised_after_a_tried_sibling(record):
-    assert worst(lambda q: recorded(q, draw_siblings(q, (2, 1)), record)) > BIASED
+    assert (
+        worst(TraversalVerifier(), lambda q: recorded(q, draw_siblings(q, (2, 1)), record)) > BIASED
+    )
 
 
 def test_siblings_sorted_after_the_draw():
@@ -290,7 +255,7 @@ def test_siblings_sorted_after_the_draw():
 
         return draft
 
-    assert worst(likeliest_first) > BIASED
+    assert worst(TraversalVerifier(), likeliest_first) > BIASED
 
 
 def test_a_draw_at_half_the_temperature_with_the_row_of_the_whole():
@@ -300,7 +265,7 @@ def test_a_draw_at_half_the_temperature_with_the_row_of_the_whole():
 
         return recorded(q, draw_siblings(sharp, (2, 1)), without)
 
-    assert worst(warm) > 0.01
+    assert worst(TraversalVerifier(), warm) > 0.01
 
 
 def test_an_unlikely_token_dropped_after_it_was_drawn():
@@ -317,7 +282,7 @@ def test_an_unlikely_token_dropped_after_it_was_drawn():
 
         return draft
 
-    assert worst(dropping) > BIASED
+    assert worst(TraversalVerifier(), dropping) > BIASED
 
 
 class SameCoin:
@@ -343,7 +308,7 @@ class OneUniform(TraversalVerifier):
 
 
 def test_one_uniform_for_all_leaves():
-    assert worst(lambda q: draw_siblings(q, (2, 1)), OneUniform()) > BIASED
+    assert worst(OneUniform(), lambda q: draw_siblings(q, (2, 1))) > BIASED
 
 
 class ForgetsMerging(TraversalVerifier):
@@ -355,7 +320,7 @@ class ForgetsMerging(TraversalVerifier):
 
 
 def test_distinct_tokens_of_independent_draws_are_drawn_without_replacement():
-    assert worst(lambda q: draw_chains(q, 2, 2), ForgetsMerging()) > BIASED
+    assert worst(ForgetsMerging(), lambda q: draw_chains(q, 2, 2)) > BIASED
 
 
 # Edges.

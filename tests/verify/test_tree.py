@@ -1,6 +1,6 @@
 """TreeVerifier: exact law on every kind of tree, more candidates never hurt, known mistakes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -12,7 +12,6 @@ from outrider.sampling.rng import RootStream, Stream
 from outrider.step import EMPTY_TREE, DraftTree, Kind, Verdict
 from outrider.testing import (
     ToyLaws,
-    ToyModel,
     bias,
     check_verifier,
     draw_chain,
@@ -20,39 +19,31 @@ from outrider.testing import (
     draw_siblings,
     draw_tree,
     exact_law,
-    expected_accepted,
     pick_chain,
     pick_tree,
     speculate,
 )
 from outrider.testing.enumerate import Context, Draft, Model
-from outrider.verify.base import Verifier
 from outrider.verify.rejection import RejectionVerifier
 from outrider.verify.sampled import SampledVerifier
 from outrider.verify.tree import TreeVerifier
+from tests.verify.toy_problems import (
+    BIASED,
+    EXACT,
+    accepted_on_average,
+    law,
+    law_is_right,
+    most_apart,
+    recorded,
+    toys,
+    without,
+    worst,
+    zeroed,
+)
 
-EXACT = 1e-12
-BIASED = 1e-3
 SIZES = [(2, 2), (3, 2), (2, 3), (3, 3)]
 TREES = [(2, (2, 1)), (3, (2, 1)), (2, (2, 2)), (2, (2, 1, 1))]
 LARGE_TREES = [(3, (2, 2)), (3, (2, 1, 1)), (3, (3, 1)), (4, (3,))]
-
-
-def toys(size: int, zeros: float = 0.0, count: int = 8) -> list[tuple[Model, Model]]:
-    """Random (p, q) pairs; `zeros` is the share of tokens that each forbids."""
-    return [(ToyModel(f"p{i}", size, zeros), ToyModel(f"q{i}", size, zeros)) for i in range(count)]
-
-
-def law(*weights: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(weights, dtype=dtype)
-
-
-def law_is_right(p: Model, drafts: Sequence[Draft], length: int) -> bool:
-    return all(bias(speculate(TreeVerifier(), p, draft), p, length) < EXACT for draft in drafts)
-
-
-def accepted_on_average(verifier: Verifier, p: Model, draft: Draft) -> float:
-    return expected_accepted(speculate(verifier, p, draft))
 
 
 def mixed(q: Model, widths: Sequence[int], pattern: str) -> Draft:
@@ -103,7 +94,9 @@ def test_it_passes_what_every_verifier_must():
 @pytest.mark.parametrize(("size", "length"), SIZES)
 def test_chains_leave_the_target_law_alone(size, length, zeros):
     for p, q in toys(size, zeros):
-        assert law_is_right(p, [draw_chain(q, length), pick_chain(q, length)], length + 2)
+        assert law_is_right(
+            TreeVerifier(), p, [draw_chain(q, length), pick_chain(q, length)], length + 2
+        )
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
@@ -111,7 +104,7 @@ def test_chains_leave_the_target_law_alone(size, length, zeros):
 def test_trees_leave_the_target_law_alone(size, widths, zeros):
     for p, q in toys(size, zeros):
         drafts = [make(q, widths) for make in (draw_siblings, pick_tree, draw_tree)]
-        assert law_is_right(p, drafts, len(widths) + 2)
+        assert law_is_right(TreeVerifier(), p, drafts, len(widths) + 2)
 
 
 @pytest.mark.slow
@@ -120,23 +113,23 @@ def test_trees_leave_the_target_law_alone(size, widths, zeros):
 def test_larger_trees_leave_the_target_law_alone(size, widths, zeros):
     for p, q in toys(size, zeros):
         drafts = [make(q, widths) for make in (draw_siblings, pick_tree)]
-        assert law_is_right(p, drafts, len(widths) + 2)
+        assert law_is_right(TreeVerifier(), p, drafts, len(widths) + 2)
 
 
 @pytest.mark.parametrize("pattern", ["bd", "db", "wd", "dw", "bq", "qb", "dq", "qd"])
 def test_mixed_trees_leave_the_target_law_alone(pattern):
     for zeros in (0.0, 0.4):
         for p, q in toys(3, zeros, count=4):
-            assert law_is_right(p, [mixed(q, (2, 1), pattern)], 4)
+            assert law_is_right(TreeVerifier(), p, [mixed(q, (2, 1), pattern)], 4)
         for p, q in toys(2, zeros):
-            assert law_is_right(p, [mixed(q, (2, 2), pattern)], 4)
+            assert law_is_right(TreeVerifier(), p, [mixed(q, (2, 2), pattern)], 4)
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
 @pytest.mark.parametrize(("size", "num_chains", "length"), [(2, 2, 2), (2, 3, 2), (3, 3, 1)])
 def test_independent_chains_leave_the_target_law_alone(size, num_chains, length, zeros):
     for p, q in toys(size, zeros):
-        assert law_is_right(p, [draw_chains(q, num_chains, length)], length + 2)
+        assert law_is_right(TreeVerifier(), p, [draw_chains(q, num_chains, length)], length + 2)
 
 
 def test_consecutive_calls_leave_the_target_law_alone():
@@ -164,10 +157,6 @@ def test_on_picked_trees_it_has_the_law_of_nodewise_sampling(size, widths):
         draft = pick_tree(q, widths)
         laws = [exact_law(speculate(v, p, draft)) for v in (TreeVerifier(), SampledVerifier())]
         assert most_apart(*laws) < EXACT
-
-
-def most_apart(one: dict[object, float], other: dict[object, float]) -> float:
-    return max(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in one | other)
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
@@ -225,43 +214,13 @@ def test_a_perfect_drafter_is_always_believed(widths):
 # Mutants: each known mistake is built once, and the enumeration must see it.
 
 
-def worst(make: Callable[[Model], Draft], verifier: Verifier | None = None) -> float:
-    """Largest bias over the toys of a draft, or of a verifier, with a mistake in it."""
-    rule = verifier or TreeVerifier()
-    return max(bias(speculate(rule, p, make(q)), p, 4) for p, q in toys(3))
-
-
-def recorded(q: Model, draft: Draft, record: Callable[[Tensor, list[int]], Tensor]) -> Draft:
-    """The same tokens; as the law of each is recorded `record(q, tokens of siblings before)`."""
-
-    def mutant(context: Context, stream: Stream) -> DraftTree:
-        tree = draft(context, stream)
-        laws = []
-        for node, parent in enumerate(tree.parents):
-            before = [tree.tokens[i] for i in tree.children(parent) if i < node]
-            laws.append(record(q(context + tree.path_tokens(parent)), before))
-        return DraftTree(tokens=tree.tokens, parents=tree.parents, laws=tuple(laws))
-
-    return mutant
-
-
-def without(q_V: Tensor, tokens: list[int]) -> Tensor:
-    rest_V = q_V.clone()
-    rest_V[tokens] = 0.0
-    return rest_V
-
-
 def test_the_recorder_of_mutants_can_record_the_truth():
-    def truth(q_V: Tensor, before: list[int]) -> Tensor:
-        rest_V = without(q_V, before)
-        return rest_V / rest_V.sum()
-
-    assert worst(lambda q: recorded(q, draw_siblings(q, (2, 1)), truth)) < EXACT
+    assert worst(TreeVerifier(), lambda q: recorded(q, draw_siblings(q, (2, 1)), without)) < EXACT
 
 
-@pytest.mark.parametrize("record", [without, lambda q_V, before: q_V], ids=["zeroed", "plain"])
+@pytest.mark.parametrize("record", [zeroed, lambda q_V, before: q_V], ids=["zeroed", "plain"])
 def test_q_not_renormalised_after_a_tried_sibling(record):
-    assert worst(lambda q: recorded(q, draw_siblings(q, (2, 1)), record)) > BIASED
+    assert worst(TreeVerifier(), lambda q: recorded(q, draw_siblings(q, (2, 1)), record)) > BIASED
 
 
 def test_siblings_sorted_after_the_draw():
@@ -270,13 +229,12 @@ def test_siblings_sorted_after_the_draw():
             q_V = q(context)
             drawn = draw_siblings(q, (2,))(context, stream).tokens
             tokens = sorted(drawn, key=lambda token: -float(q_V[token]))
-            rest_V = without(q_V, tokens[:1])
-            laws = (q_V, rest_V / rest_V.sum())
+            laws = (q_V, without(q_V, tokens[:1]))
             return DraftTree(tokens=tuple(tokens), parents=(-1, -1), laws=laws)
 
         return draft
 
-    assert worst(likeliest_first) > BIASED
+    assert worst(TreeVerifier(), likeliest_first) > BIASED
 
 
 def test_a_draw_at_half_the_temperature_with_the_row_of_the_whole():
@@ -284,13 +242,9 @@ def test_a_draw_at_half_the_temperature_with_the_row_of_the_whole():
         def sharp(context: Context) -> Tensor:
             return (q(context).log() / 0.5).softmax(dim=0)
 
-        def row(q_V: Tensor, before: list[int]) -> Tensor:
-            rest_V = without(q_V, before)
-            return rest_V / rest_V.sum()
+        return recorded(q, draw_siblings(sharp, (2, 1)), without)
 
-        return recorded(q, draw_siblings(sharp, (2, 1)), row)
-
-    assert worst(warm) > 0.01
+    assert worst(TreeVerifier(), warm) > 0.01
 
 
 def test_an_unlikely_token_dropped_after_it_was_drawn():
@@ -306,7 +260,7 @@ def test_an_unlikely_token_dropped_after_it_was_drawn():
 
         return draft
 
-    assert worst(dropping) > BIASED
+    assert worst(TreeVerifier(), dropping) > BIASED
 
 
 class SameCoin:
@@ -332,7 +286,7 @@ class OneUniform(TreeVerifier):
 
 
 def test_one_uniform_for_all_candidates():
-    assert worst(lambda q: draw_siblings(q, (2, 1)), OneUniform()) > BIASED
+    assert worst(OneUniform(), lambda q: draw_siblings(q, (2, 1))) > BIASED
 
 
 class ForgetsDuplicates(TreeVerifier):
@@ -344,7 +298,7 @@ class ForgetsDuplicates(TreeVerifier):
 
 
 def test_duplicates_among_independent_draws_count():
-    assert worst(lambda q: draw_chains(q, 2, 2), ForgetsDuplicates()) > BIASED
+    assert worst(ForgetsDuplicates(), lambda q: draw_chains(q, 2, 2)) > BIASED
 
 
 # Edges.

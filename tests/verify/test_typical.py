@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from outrider.request import Request, SamplingParams, SpeculationParams
+from outrider.request import SamplingParams, SpeculationParams
 from outrider.sampling.laws import TargetLaws
 from outrider.sampling.shaper import Shaper
 from outrider.step import EMPTY_TREE, DraftTree, Verdict
@@ -24,6 +24,7 @@ from outrider.testing import (
 from outrider.testing.drafters import ScriptedDrafter
 from outrider.verify.greedy import GreedyVerifier
 from outrider.verify.typical import TypicalVerifier
+from tests.verify.toy_problems import request
 
 
 class Untouchable:
@@ -74,7 +75,7 @@ def test_a_token_at_the_threshold_is_refused():
     p_V = law(0.25, 0.75)
     tree = DraftTree.chain((0,), "test")
     assert verify(tree, fixed(p_V), epsilon=0.25, delta=1.0) == Verdict((), 1)
-    assert verify(tree, fixed(p_V), epsilon=0.2499, delta=1.0) == Verdict((0,), 1)
+    assert verify(tree, fixed(p_V), epsilon=0.2499, delta=1.0) == Verdict((0,), 1, relaxed=(0,))
 
 
 def test_the_two_options_are_not_interchangeable():
@@ -97,9 +98,9 @@ def test_the_longest_path_is_taken_and_of_these_the_likeliest():
     wide = DraftTree(tokens=(0, 1, 2), parents=(-1, -1, -1))
     assert verify(wide, p) == Verdict((0,), 0)
     deep = DraftTree(tokens=(0, 1, 0, 1), parents=(-1, -1, 1, 1))
-    assert verify(deep, p) == Verdict((1, 2), 2), "longer before likelier"
+    assert verify(deep, p) == Verdict((1, 2), 2, relaxed=(1,)), "longer before likelier"
     both = DraftTree(tokens=(1, 0, 1, 0), parents=(-1, -1, 0, 1))
-    assert verify(both, p) == Verdict((1, 3), 2)
+    assert verify(both, p) == Verdict((1, 3), 2), "the likeliest are not relaxed"
     equal = DraftTree(tokens=(0, 0), parents=(-1, -1))
     assert verify(equal, p).accepted == (0,), "the first of equals"
 
@@ -190,12 +191,6 @@ def test_in_the_engine_more_is_accepted_than_by_an_exact_rule():
         run(engine, [request(sampling, asked)])
         engines[rule] = engine.stats
     assert engines["typical"].num_steps < engines["rejection"].num_steps
-
-
-def request(sampling, speculation):
-    return Request(
-        id="r", prompt_token_ids=(40, 50, 60), sampling=sampling, speculation=speculation, seed=1
-    )
 
 
 def test_the_entropy_is_in_nats():

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from outrider.cache.table import BlockManager
 from outrider.models.runner import Runner
-from outrider.request import Option, Options, Speculation
+from outrider.request import Candidate, Option, Options, Speculation
 from outrider.sequence import Sequence
 from outrider.step import Commit, DraftTree, Plan, Row, TargetOutput
 
@@ -79,7 +79,9 @@ class Drafter(Protocol):
     """Proposes tokens; whatever it does, the verifier keeps the target's law.
 
     A class is made without arguments, unless it has a class method
-    `build(surroundings: Surroundings)`, which makes one or raises ConfigError.
+    `build(surroundings: Surroundings)`, which makes one or raises ConfigError. One that has
+    `settings: Mapping[str, Option]` beside `options` takes those as keyword arguments as well: what
+    an engine is configured with (`drafter_settings`), and no request can change.
 
     Attributes:
         name: as registered.
@@ -148,6 +150,39 @@ class Composes(Protocol):
 
     def parts(self, options: Options) -> tuple[str, ...]:
         """Names of the others under these options. RequestError if one is not here."""
+        ...
+
+
+@runtime_checkable
+class DrawsByOptions(Protocol):
+    """A drafter that honours a `draft_sample_method` under some of its options only."""
+
+    def sample_methods_for(self, options: Options) -> tuple[str, ...]:
+        """Those of its `sample_methods` that it honours under these options, all of them given."""
+        ...
+
+
+@runtime_checkable
+class LooksUp(Protocol):
+    """A drafter that matches n-grams, from `prompt_lookup_min` to `prompt_lookup_max` tokens."""
+
+    def looks_up(self, options: Options) -> bool:
+        """Whether it does so under these options."""
+        ...
+
+
+@runtime_checkable
+class OffersChoice(Protocol):
+    """A composition of which the policy chooses a part in each step."""
+
+    def candidates(
+        self, options: Options, num_draft_tokens: int | None, factor: int
+    ) -> tuple[Candidate, ...]:
+        """Whom the policy may choose, and the largest draft of each.
+
+        Args:
+            num_draft_tokens: K where the request says; else each has its own, times `factor`.
+        """
         ...
 
 

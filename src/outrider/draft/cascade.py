@@ -1,7 +1,7 @@
 """CascadeDrafter: asks several drafters in turn, cheap ones first, until one has a good draft."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Iterable, Mapping, Sequence as Items
 from typing import Protocol, runtime_checkable
 
 from outrider.draft.base import Composes, Drafter, Snapshot, Surroundings, Warmth
@@ -61,18 +61,19 @@ class CascadeDrafter:
     max_width = 16
     default_num_nodes: int | None = None
     sample_methods: tuple[str, ...] = SAMPLE_METHODS
+    own_options: Mapping[str, Option] = OWN_OPTIONS
     options: Mapping[str, Option] = OWN_OPTIONS
 
     def __init__(self, drafters: Mapping[str, Drafter]) -> None:
         self._drafters = {n: d for n, d in drafters.items() if not isinstance(d, Composes)}
         if not self._drafters:
             raise ConfigError(
-                "drafter 'cascade' asks other drafters: name some beside it, as in "
-                "drafters=('suffix', 'ngram', 'cascade')"
+                f"drafter {self.name!r} asks other drafters: name some beside it, as in "
+                f"drafters=('suffix', 'ngram', {self.name!r})"
             )
         known = {method for d in self._drafters.values() for method in d.sample_methods}
         self.sample_methods = tuple(method for method in SAMPLE_METHODS if method in known)
-        self._usual = _usual_parts(self._drafters)
+        self._usual = self.usual_parts(self._drafters)
         self.options = self.options_for({})
 
     @classmethod
@@ -82,7 +83,7 @@ class CascadeDrafter:
 
     def options_for(self, given: Options) -> dict[str, Option]:
         """Own options and those of the parts that `given` names, or of the usual ones."""
-        options = dict(OWN_OPTIONS)
+        options = dict(self.own_options)
         for name in self.parts(given):
             for option, about in self._drafters[name].options.items():
                 if options.setdefault(option, about) != about:
@@ -90,7 +91,18 @@ class CascadeDrafter:
                         f"parts={','.join(self.parts(given))!r}: the option {option!r} means "
                         f"another thing for {name} than for a part before it; leave one out"
                     )
+        if not any(isinstance(self._drafters[name], Confident) for name in self.parts(given)):
+            options.pop("min_score", None)  # nobody rates drafts
         return options
+
+    @staticmethod
+    def usual_parts(names: Iterable[str]) -> tuple[str, ...]:
+        """A lookup, then a draft model; two lookups where there is no draft model."""
+        there = tuple(names)
+        lookups = [name for name in LOOKUPS if name in there]
+        models = [name for name in MODELS if name in there]
+        usual = (*lookups[:1], *models[:1]) if models else tuple(lookups)
+        return usual or there[:1]
 
     def parts(self, options: Options) -> tuple[str, ...]:
         """RequestError if one is not here."""
@@ -159,14 +171,6 @@ def _by_part(rows: Items[Row], asking: list[int], stage: int) -> dict[str, list[
         if stage < len(parts):
             groups[parts[stage]].append(i)
     return groups
-
-
-def _usual_parts(names: Mapping[str, Drafter]) -> tuple[str, ...]:
-    """A lookup, then a draft model; two lookups where there is no draft model."""
-    lookups = [name for name in LOOKUPS if name in names]
-    models = [name for name in MODELS if name in names]
-    usual = (*lookups[:1], *models[:1]) if models else tuple(lookups)
-    return usual or tuple(names)[:1]
 
 
 def _width(part: Drafter, width: int) -> int:

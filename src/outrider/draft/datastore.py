@@ -111,6 +111,8 @@ class Datastore:
             positions = np.asarray(np.load(folder / POSITIONS, mmap_mode="r"))
         except (OSError, ValueError, EOFError) as error:
             raise ConfigError(f"datastore {str(folder)!r}: {error}; {REBUILD}") from error
+        if tokens.dtype != np.int32 or positions.dtype not in (np.int32, np.int64):
+            raise ConfigError(f"datastore {str(folder)!r} is of another format: {REBUILD}")
         expected = (header.num_tokens + header.num_documents, header.num_tokens)
         if (len(tokens), len(positions)) != expected:
             raise ConfigError(f"datastore {str(folder)!r} is incomplete: {REBUILD}")

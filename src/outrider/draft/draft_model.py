@@ -22,7 +22,7 @@ from outrider.draft.recall import Recall
 from outrider.draft.warm import PrefixCache
 from outrider.errors import ConfigError, RequestError
 from outrider.models.runner import Piece, Runner
-from outrider.request import Option, Speculation
+from outrider.request import Option, Options, Speculation
 from outrider.sampling.shaper import Shaper, laws_together
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
@@ -105,6 +105,9 @@ class ModelDrafter:
             )
         vocab_size = surroundings.target.runner.network.spec.vocab_size
         return cls(draft.runner, draft.manager, vocab_size)
+
+    def looks_up(self, options: Options) -> bool:
+        return bool(options.get("inner"))
 
     def check(self, spec: Speculation) -> None:
         inner = spec.options.get("inner", "")

@@ -7,7 +7,7 @@ per sequence and costs O(longest n-gram) per committed token.
 from collections.abc import Mapping, Sequence as Items
 
 from outrider.draft.base import Snapshot, Warmth
-from outrider.request import Option
+from outrider.request import Option, Options
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
@@ -57,6 +57,9 @@ class NgramDrafter:
     default_num_nodes: int | None = None
     sample_methods: tuple[str, ...] = ("greedy",)
     options: Mapping[str, Option] = {}
+
+    def looks_up(self, options: Options) -> bool:
+        return True
 
     def open(self, seq: Sequence) -> None:
         spec = seq.speculation

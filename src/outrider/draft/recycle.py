@@ -5,7 +5,7 @@ the successors of its token; a table remembers the last ranking of every token, 
 it down a fixed tree: a node is its parent token's j-th successor.
 
 Shape legend: V vocabulary, N rows of the pass, U rows learnt from, R sequences drafted for,
-C columns of a tree (the root, then its nodes).
+C columns of a tree (the root, then its nodes), J successors of a token.
 """
 
 import heapq
@@ -48,9 +48,10 @@ class RecycleDrafter:
         vocab_size: of the target.
         num_nodes: nodes of a tree where the request does not say.
         max_tenants: tables kept; the one not used for longest goes first.
+        num_successors: J, kept per token, at 4 bytes each; a tree is no wider. At most 8.
 
     Attributes:
-        tables: by tenant, int32 [V + 1, 8], likeliest first. -1 in rows of unseen tokens, and in
+        tables: by tenant, int32 [V + 1, J], likeliest first. -1 in rows of unseen tokens, and in
             the last row, which belongs to "token -1" so that a missing node has no children either.
     """
 
@@ -63,19 +64,39 @@ class RecycleDrafter:
     default_num_nodes: int | None = CPU_NODES
     sample_methods: tuple[str, ...] = ("greedy",)
     options: Mapping[str, Option] = {}
+    settings: Mapping[str, Option] = {
+        "max_tenants": Option(MAX_TENANTS, "tenants whose tables are kept", 1, 1e6),
+        "num_successors": Option(
+            NUM_SUCCESSORS, "successors kept per token, and widest tree", 1, NUM_SUCCESSORS
+        ),
+    }
 
     def __init__(
-        self, vocab_size: int, num_nodes: int = CPU_NODES, max_tenants: int = MAX_TENANTS
+        self,
+        vocab_size: int,
+        num_nodes: int = CPU_NODES,
+        max_tenants: int = MAX_TENANTS,
+        num_successors: int = NUM_SUCCESSORS,
     ) -> None:
+        assert max_tenants >= 1
+        assert 1 <= num_successors <= NUM_SUCCESSORS
         self.default_num_nodes = num_nodes
+        self.default_width = self.max_width = num_successors
         self.tables: dict[str, Table] = {}
-        self._shape = (vocab_size + 1, min(NUM_SUCCESSORS, vocab_size))
+        self._shape = (vocab_size + 1, min(num_successors, vocab_size))
         self._max_tenants = max_tenants
 
     @classmethod
-    def build(cls, surroundings: Surroundings) -> "RecycleDrafter":
+    def build(
+        cls,
+        surroundings: Surroundings,
+        *,
+        max_tenants: int = MAX_TENANTS,
+        num_successors: int = NUM_SUCCESSORS,
+    ) -> "RecycleDrafter":
         spec = surroundings.target.runner.network.spec
-        return cls(spec.vocab_size, CPU_NODES if spec.device.type == "cpu" else GPU_NODES)
+        num_nodes = CPU_NODES if spec.device.type == "cpu" else GPU_NODES
+        return cls(spec.vocab_size, num_nodes, max_tenants, num_successors)
 
     def open(self, seq: Sequence) -> None:
         """The table is its tenant's; a sequence only says that its rows may be learnt from."""
@@ -127,7 +148,7 @@ class RecycleDrafter:
         seq.drafter_state.pop(self.name, None)
 
     def shared(self, tenant: str) -> dict[str, Tensor]:
-        """Rows of the tokens that were met: ids int32 [U], their successors int32 [U, 8]."""
+        """Rows of the tokens that were met: ids int32 [U], their successors int32 [U, J]."""
         table = self.tables.get(tenant)
         if table is None:
             return {}

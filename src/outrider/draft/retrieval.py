@@ -100,12 +100,18 @@ class RetrievalDrafter:
             return EMPTY_TREE
         chains: list[list[int]] = []
         branches: set[int] = set()
+        num_nodes = 0  # at least: chains of one branch may share nodes
         for chain in _chains(state, seq.tokens, plan.depth):
-            if chain[0] not in branches and len(branches) == plan.width:
-                break
-            if chain[0] not in branches or plan.width > 1:
-                chains.append(chain)
+            if chain[0] not in branches:
+                if len(branches) == plan.width:
+                    break
                 branches.add(chain[0])
+                num_nodes += len(chain)
+                chains.append(chain)
+            elif plan.width > 1:
+                chains.append(chain)
+            if num_nodes >= plan.num_nodes:
+                break
         return merge(chains, plan.num_nodes, self.name)
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
@@ -156,8 +162,10 @@ def _candidate_chain(pool: NgramPool, tokens: list[int], candidate: int, length:
     start = pool.after(tokens, candidate) if length > 1 else None
     if start is None:
         return [candidate]
-    followed = [*tokens[start : start + length - 1], candidate]  # behind the text stands itself
-    return [candidate, *continuation(followed, 0, length - 1)]
+    followed = tokens[start : start + length - 1]
+    if len(followed) < length - 1:
+        followed = continuation([*followed, candidate], 0, length - 1)  # it stands behind the text
+    return [candidate, *followed]
 
 
 def _goes_on(commit: Commit) -> bool:

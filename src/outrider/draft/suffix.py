@@ -17,8 +17,8 @@ from outrider.draft.native.library import library
 from outrider.draft.native.suffix_tree import NativeSuffixTree
 from outrider.draft.ngram import continuation
 from outrider.draft.suffix_tree import NO_GUESS, Guess, PlainSuffixTree, Search, SuffixTree
-from outrider.errors import ConfigError
-from outrider.request import Option
+from outrider.errors import ConfigError, RequestError
+from outrider.request import Option, Speculation
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
@@ -63,6 +63,11 @@ class SuffixDrafter:
             choices=("frequency", "longest"),
         ),
     }
+    settings: Mapping[str, Option] = {
+        "max_shared_tokens": Option(MAX_SHARED_TOKENS, "outputs held, in tokens", 1, 1e9),
+        "max_tenants": Option(MAX_TENANTS, "tenants whose outputs are held", 1, 1e6),
+        "depth": Option(DEPTH, "longest string counted, match and draft", 2, 4096),
+    }
 
     def __init__(
         self,
@@ -71,13 +76,30 @@ class SuffixDrafter:
         max_tenants: int = MAX_TENANTS,
         depth: int = DEPTH,
     ) -> None:
-        _check("max_shared_tokens", max_shared_tokens, 1)
-        _check("max_tenants", max_tenants, 1)
-        _check("depth", depth, 2)
+        _check("max_shared_tokens", max_shared_tokens)
+        _check("max_tenants", max_tenants)
+        _check("depth", depth)
         self.max_shared_tokens = max_shared_tokens
         self.max_tenants = max_tenants
         self.depth = depth
         self._shared: OrderedDict[str, SharedTexts] = OrderedDict()
+
+    def check(self, spec: Speculation) -> None:
+        """What follows the longest match is one chain, and has no frequencies to set."""
+        if spec.options.get("mode") != "longest":
+            return
+        for name in ("alpha", "offset", "min_probability"):
+            value = spec.options[name]
+            if value != self.options[name].default:
+                raise RequestError(
+                    f"drafter_options[{name!r}]={value}: is for mode 'frequency' of {self.name}, "
+                    "not 'longest'; drop one of them"
+                )
+        if spec.width > 1 and len(spec.parts) < 2:  # beside others, another may draft as wide
+            raise RequestError(
+                f"width={spec.width}: mode 'longest' of {self.name} drafts chains; use width=1 or "
+                "mode 'frequency'"
+            )
 
     def open(self, seq: Sequence) -> None:
         is_alone = seq.speculation.options.get("shared") == "none"
@@ -306,6 +328,7 @@ def _as_tree(guess: Guess, source: str) -> DraftTree:
     return DraftTree(tokens=guess.tokens, parents=guess.parents, source=source)
 
 
-def _check(name: str, value: int, least: int) -> None:
+def _check(name: str, value: int) -> None:
+    least = SuffixDrafter.settings[name].low
     if value < least:
-        raise ConfigError(f"{name}={value}: must be >= {least}")
+        raise ConfigError(f"{name}={value}: must be >= {least:g}")

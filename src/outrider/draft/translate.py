@@ -21,9 +21,10 @@ from outrider.draft.base import ModelParts, Snapshot, Surroundings, Warmth
 from outrider.draft.drawing import draft_law, draft_stream
 from outrider.draft.retokenize import DraftLog, TextLog, TokenLog, common_length, whole_characters
 from outrider.draft.vocabulary_map import Dialect, VocabularyMap
-from outrider.errors import ConfigError, RequestError, TokenizerError
+from outrider.draft.warm import PrefixCache
+from outrider.errors import ConfigError, TokenizerError
 from outrider.models.runner import Piece, Runner
-from outrider.request import MAX_DRAFT_TOKENS, Option, Speculation
+from outrider.request import MAX_DRAFT_TOKENS, Option, Options
 from outrider.sampling.rng import Stream
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, TargetOutput
@@ -63,7 +64,14 @@ class Course(Protocol):
 
 
 class Way(Protocol):
-    """How drafts get from one vocabulary into the other."""
+    """How drafts get from one vocabulary into the other.
+
+    Attributes:
+        sample_methods: how the draft model may choose.
+    """
+
+    @property
+    def sample_methods(self) -> tuple[str, ...]: ...
 
     def log(self) -> DraftLog: ...
 
@@ -83,7 +91,7 @@ class TranslateDrafter:
       masked before the softmax. Drafts are the target's tokens, drawn from a law over its
       vocabulary, shaped like the target's own; the methods are those of `draft_model`.
     - "strings": it drafts its most likely tokens, whose text is encoded anew with the target's
-      tokenizer and proposed as it stands, whatever `draft_sample_method` says.
+      tokenizer and proposed as it stands. Text has no law, so "greedy" is all it can do.
     - "auto": tokens where at least 100 are common and they are half of either vocabulary or more;
       else strings. A draft model of letters loses no token to a target of words, but could never
       say a word of it.
@@ -99,7 +107,7 @@ class TranslateDrafter:
     default_draft_tokens = 4
     default_width = min_width = max_width = 1
     default_num_nodes: int | None = None
-    sample_methods: tuple[str, ...] = ("greedy", "probabilistic", "coupled")
+    sample_methods: tuple[str, ...] = ("greedy", "probabilistic", "coupled")  # by tokens
     options: Mapping[str, Option] = {
         "by": Option(
             "auto",
@@ -130,18 +138,8 @@ class TranslateDrafter:
         ways = {"auto": usual, "tokens": tokens, "strings": strings}
         return cls(draft.runner, draft.manager, ways)
 
-    def check(self, spec: Speculation) -> None:
-        """Text that is encoded anew has no law: it is picked, whoever verifies it."""
-        way = self.ways[str(spec.options.get("by", "auto"))]
-        if isinstance(way, Strings) and spec.draft_sample_method in (
-            "probabilistic",
-            "independent",
-        ):
-            raise RequestError(
-                f"draft_sample_method={spec.draft_sample_method!r}: drafts of {self.name} are "
-                "strings here, picked without a law; use draft_sample_method='greedy', or "
-                "drafter_options={'by': 'tokens'}"
-            )
+    def sample_methods_for(self, options: Options) -> tuple[str, ...]:
+        return self.ways[str(options["by"])].sample_methods
 
     def open(self, seq: Sequence) -> None:
         """Costs nothing: text is read and blocks are taken when the first draft is asked for."""
@@ -169,6 +167,13 @@ class TranslateDrafter:
 
     def restore(self, seq: Sequence, snapshot: Snapshot) -> int:
         return 0
+
+    def prefix_cache(self, tokens: Items[int]) -> PrefixCache:
+        """By the usual way; one that a request chose otherwise has blocks of other names."""
+        log = self.ways["auto"].log()
+        log.follow(tokens)
+        settled = log.tokens[: log.num_settled]
+        return PrefixCache(self.runner, self.manager, settled, len(log.tokens) - len(settled))
 
     def _start(self, seq: Sequence, depth: int) -> Course | None:
         """None where the draft model has no room, or no text yet: the row is decoded plainly."""
@@ -224,6 +229,8 @@ class TranslateDrafter:
 class Tokens:
     """Token-level intersection: one draft step is one token of the target."""
 
+    sample_methods = ("greedy", "probabilistic", "coupled")
+
     def __init__(self, target: Dialect, draft: Dialect, words: VocabularyMap) -> None:
         self.words = words
         self._target = target
@@ -240,7 +247,8 @@ class Tokens:
         return depth
 
     def course(self, seq: Sequence, state: DraftState, depth: int) -> Course:
-        stream = draft_stream(seq, seq.speculation.draft_sample_method)
+        asked = seq.speculation.draft_sample_method
+        stream = draft_stream(seq, asked if asked in self.sample_methods else "greedy")
         return TokenCourse(seq, state, depth, self.words, stream)
 
     def _ids_of(self, token: int) -> tuple[int, ...]:
@@ -258,6 +266,8 @@ class Tokens:
 
 class Strings:
     """String-level exact match: drafted text, encoded anew."""
+
+    sample_methods = ("greedy",)
 
     def __init__(self, target: Dialect, draft: Dialect) -> None:
         self.target = target

@@ -17,11 +17,13 @@ class PrefixCache(NamedTuple):
 
     Attributes:
         tokens: the log as the draft model's blocks are hashed by it.
+        num_unsettled: ids behind those that stand for the end of the log and may still change.
     """
 
     runner: Runner
     manager: BlockManager
     tokens: Items[int]
+    num_unsettled: int = 0
 
 
 @runtime_checkable

@@ -13,6 +13,8 @@ from outrider.errors import RequestError
 from outrider.request import SamplingParams
 from outrider.sampling import transforms
 
+DEAD_END = "no token is allowed"  # how that error begins: it is the request's, not the model's
+
 
 class TokenCounts:
     """Which tokens a prompt holds and how often each was generated.
@@ -170,7 +172,7 @@ class Shaper:
     def _check_peak(self, peak: float) -> None:
         if peak == transforms.NEVER:
             raise RequestError(
-                f"no token is allowed: {self._masks()} forbid all {self.vocab_size} of them here; "
+                f"{DEAD_END}: {self._masks()} forbid all {self.vocab_size} of them here; "
                 "loosen one of these settings"
             )
         if not math.isfinite(peak):

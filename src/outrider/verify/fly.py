@@ -62,15 +62,17 @@ class FlyVerifier:
 
     def verify(self, tree: DraftTree, p: Laws, rng: Stream) -> Verdict:
         assert tree.is_chain, "fly verifies chains; the engine refuses other trees"
-        n = 0
+        n, relaxed = 0, []
         while n < len(tree):
             if _matches(n, tree, p, rng):
                 n += 1
             elif self._is_confirmed(n, tree, p, rng):
+                relaxed.append(n)
                 n += 1 + self._followers(len(tree))
             else:
-                return Verdict(tuple(range(n)), _correction(n, tree, p, rng))
-        return Verdict(tuple(range(n)), p.draw(n - 1, rng))
+                token = _correction(n, tree, p, rng)
+                return Verdict(tuple(range(n)), token, relaxed=tuple(relaxed))
+        return Verdict(tuple(range(n)), p.draw(n - 1, rng), relaxed=tuple(relaxed))
 
     def _is_confirmed(self, node: int, tree: DraftTree, p: Laws, rng: Stream) -> bool:
         """Whether the mismatch may stand and every draft of the window behind it matches."""

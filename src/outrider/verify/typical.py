@@ -24,7 +24,8 @@ class TypicalVerifier:
     A token stands if p > min(epsilon, delta * exp(-H)): an unsure target lets more pass. Of the
     longest paths that stand the likeliest is taken, then the target's argmax. The laws that drafts
     were drawn from are not looked at, and nothing is drawn. Not the target's law; at temperature 0
-    p is a point mass, and this is greedy decoding.
+    p is a point mass, and this is greedy decoding. Without drafts every token is the argmax:
+    drafts that are not, and stand, are the relaxed ones.
 
     Args:
         epsilon: no token above this probability is refused.
@@ -60,7 +61,9 @@ class TypicalVerifier:
                 depth, likelihood = standing[parent]
                 standing[node] = depth + 1, likelihood + math.log(probability)
         best = max(standing, key=lambda node: standing[node])
-        return Verdict(tree.path(best), p.argmax(best))
+        path = tree.path(best)
+        relaxed = tuple(n for n in path if tree.tokens[n] != p.argmax(tree.parents[n]))
+        return Verdict(path, p.argmax(best), relaxed=relaxed)
 
     def threshold(self, p_V: Tensor) -> float:
         """What a token's probability must exceed; 0 <= threshold <= epsilon."""
