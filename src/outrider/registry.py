@@ -90,6 +90,18 @@ DRAFTERS = Registry(
         "prediction": "outrider.draft.prediction:PredictionDrafter",
         "early_exit": "outrider.draft.early_exit:EarlyExitDrafter",
         "cascade": "outrider.draft.cascade:CascadeDrafter",
+        "auto": "outrider.draft.auto:AutoDrafter",
+    },
+)
+
+POLICIES = Registry(
+    "policy",
+    "outrider.policies",
+    {
+        "fixed": "outrider.control.fixed:FixedPolicy",
+        "off": "outrider.control.fixed:OffPolicy",
+        "table": "outrider.control.fixed:TablePolicy",
+        "adaptive": "outrider.control.adaptive:AdaptivePolicy",
     },
 )
 

@@ -1,7 +1,7 @@
 """What is asked, frozen: sampling, speculation, streaming, and the request that carries them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
 from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
@@ -16,6 +16,7 @@ MAX_N = 1024
 SAMPLE_METHODS = ("greedy", "probabilistic", "independent", "coupled")
 VISIBILITIES = ("verified", "provisional")
 COMMIT_UNITS = ("token", "word", "sentence", "line")
+PastDrafts: TypeAlias = Mapping[str, Mapping[str, Sequence[float]]]
 T = TypeVar("T")
 
 
@@ -147,7 +148,8 @@ class SpeculationParams:
             "probabilistic" (its own draws, siblings without replacement; the laws are recorded),
             "independent" (`width` chains, each drawn as if alone), or "coupled" (the target's
             noise with its own law); None picks "coupled" for a rule that is keyed by position,
-            else the first of "probabilistic", "independent", "greedy" that the rule takes.
+            else the first of "probabilistic", "independent", "greedy" that the rule takes, out of
+            those that the drafter honours under its options. At temperature 0 all of them pick.
         prompt_lookup_min, prompt_lookup_max: shortest and longest n-gram that `ngram` matches.
         model: the draft model that must be loaded (checked against the engine's, never loaded
             per request).
@@ -156,6 +158,13 @@ class SpeculationParams:
         prediction: text that the answer is expected to resemble, for method "prediction" (as
             predicted outputs elsewhere); needs a tokenizer.
         prediction_token_ids: the same as token ids; give one of the two.
+        policy: who decides how far to draft in each step: "fixed" (always K), "adaptive" (as far
+            as pays at present, up to K; zero included), "off", "table" (K by batch size), or a
+            plug-in's name. None is "fixed" where the size of drafts is given, else the engine's
+            policy.
+        policy_options: settings of the policy by name.
+        slo: latency targets that "adaptive" keeps where it can: "tpot_ms" per token after the
+            first, "ttft_ms" to the first.
     """
 
     method: str | None = None
@@ -171,6 +180,9 @@ class SpeculationParams:
     verifier_options: Options = field(default_factory=dict)
     prediction: str | None = None
     prediction_token_ids: tuple[int, ...] | None = None
+    policy: str | None = None
+    policy_options: Options = field(default_factory=dict)
+    slo: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_speculation(self)
@@ -192,6 +204,15 @@ class SpeculationParams:
         return self.method == OFF or self.num_draft_tokens == 0
 
 
+class Candidate(NamedTuple):
+    """One drafter that a policy may choose, and the largest draft of it."""
+
+    drafter: str
+    num_draft_tokens: int
+    width: int
+    num_nodes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Speculation:
     """`SpeculationParams` with every default filled in and checked against one engine.
@@ -202,6 +223,7 @@ class Speculation:
         num_nodes: most nodes of a draft tree.
         options: of the drafter, every one of them. verifier_options: likewise, sorted by name.
         prediction: token ids that the answer is expected to resemble.
+        draft_sample_method: the one in force, honoured by the drafter or by one of its parts.
     """
 
     drafter: str = ""
@@ -216,10 +238,18 @@ class Speculation:
     draft_sample_method: str = "greedy"
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
+    policy: str = "fixed"
+    policy_options: Options = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+    tpot_s: float | None = None
+    ttft_s: float | None = None
 
     def __post_init__(self) -> None:
         if not self.num_nodes:
             object.__setattr__(self, "num_nodes", self.num_draft_tokens * self.width)
+        if not self.candidates and self.drafter:
+            one = Candidate(self.drafter, self.num_draft_tokens, self.width, self.num_nodes)
+            object.__setattr__(self, "candidates", (one,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +294,9 @@ class Request:
             runs keeps the seat.
         tenant: salt of the prefix cache; requests of different tenants share no KV.
         bad_words_ids: token sequences that `sampling.bad_words` stands for.
+        experience: drafter -> {"drafted": [...], "accepted": [...]}, by position how often it
+            drafted for such text before, and was accepted with all before; policies may start from
+            it. Tokens do not depend on it under rules keyed by position.
     """
 
     id: str
@@ -275,6 +308,7 @@ class Request:
     priority: int = 0
     tenant: str = ""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    experience: PastDrafts = field(default_factory=dict)
 
 
 def _from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -382,6 +416,7 @@ def _check_speculation(p: SpeculationParams) -> None:
         value = getattr(p, name)
         _require(isinstance(value, Mapping), name, value, "must map names to values")
     _check_prediction(p)
+    _check_policy(p)
     for name in ("prompt_lookup_min", "prompt_lookup_max"):
         value = getattr(p, name)
         _require(
@@ -395,6 +430,24 @@ def _check_speculation(p: SpeculationParams) -> None:
         low is None or high is None or low <= high,
         "prompt_lookup_min", low, f"must not exceed prompt_lookup_max={high}",
     )  # fmt: skip
+
+
+TARGETS = ("tpot_ms", "ttft_ms")
+
+
+def _check_policy(p: SpeculationParams) -> None:
+    is_name = p.policy is None or (isinstance(p.policy, str) and p.policy != "")
+    _require(is_name, "policy", p.policy, "must be a name, or None for the default")
+    is_map = isinstance(p.policy_options, Mapping)
+    _require(is_map, "policy_options", p.policy_options, "must map names to values")
+    _require(
+        isinstance(p.slo, Mapping), "slo", p.slo, f"must map {' or '.join(TARGETS)} to numbers"
+    )
+    for name, value in p.slo.items():
+        _require(name in TARGETS, "slo", name, f"must be {' or '.join(TARGETS)}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_time = is_number and math.isfinite(value) and value > 0
+        _require(is_time, f"slo[{name!r}]", value, "must be milliseconds above 0")
 
 
 def _check_prediction(p: SpeculationParams) -> None:

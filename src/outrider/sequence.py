@@ -36,6 +36,7 @@ class Sequence:
         shaper: the compiled sampling parameters (a `sampling.transforms.Shaper`).
         grammar: matcher state when the output is constrained (advanced by the committer only).
         drafter_state: what each drafter keeps for this sequence, by drafter name.
+        arrived_s: when it came, by the engine's clock; 0 where it has none.
         num_prefix_hits: prompt tokens that came from the prefix cache at first admission.
         num_preemptions: times the sequence lost its KV and was recomputed.
         finish_reason: "stop", "length", "abort" or "error" once finished.
@@ -54,6 +55,7 @@ class Sequence:
     num_cached: int = 0
     status: Status = Status.WAITING
     arrival: int = 0
+    arrived_s: float = 0.0
     table: Any = None
     grammar: Any = None
     drafter_state: dict[str, Any] = field(default_factory=dict)

@@ -174,11 +174,13 @@ class Verdict(NamedTuple):
         accepted: node indices, from a child of the root downwards.
         token: the bonus token (after a rejection also called the correction).
         error: why this one request cannot go on, if it cannot (then the rest is void).
+        relaxed: accepted nodes that stand only because the rule is a lossy one.
     """
 
     accepted: tuple[int, ...]
     token: int
     error: str = ""
+    relaxed: tuple[int, ...] = ()
 
 
 class Commit(NamedTuple):
@@ -193,6 +195,7 @@ class Commit(NamedTuple):
         finish_reason: set when these are the sequence's last tokens.
         logprobs: per new token, if asked for: (its log-probability, {token id: log-probability}).
         error: why the sequence could not go on, with finish reason "error".
+        num_relaxed: of the kept nodes, those that stand only because the rule is a lossy one.
     """
 
     seq: Sequence
@@ -205,3 +208,4 @@ class Commit(NamedTuple):
     finish_reason: str | None = None
     logprobs: tuple[tuple[float, dict[int, float]], ...] = ()
     error: str = ""
+    num_relaxed: int = 0

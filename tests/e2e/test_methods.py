@@ -29,6 +29,7 @@ SHAPED = SamplingParams(
 GRAMMAR = SamplingParams(max_tokens=32, temperature=0.7, regex="[a-z]{3,40}( [a-z]{1,9})*")
 SAMPLINGS = {"greedy": GREEDY, "sampled": SAMPLED, "shaped": SHAPED, "constrained": GRAMMAR}
 GUESS = tuple((5 * j) % 90 + 30 for j in range(40))
+COMPOSED = ("cascade", "auto")
 METHODS = {
     "ngram": {"method": "ngram", "prompt_lookup_min": 1},
     "suffix": {"method": "suffix", "drafter_options": {"min_probability": 0.0}},
@@ -60,6 +61,7 @@ METHODS = {
         "draft_sample_method": "independent",
     },
     "cascade": {"method": "cascade"},
+    "auto": {"method": "auto"},
 }
 
 
@@ -79,9 +81,9 @@ def engine(folder):
 
     def make(**more):
         built_in = [part.name for part in DRAFTERS if part.source == "outrider"]
-        others = [n for n in built_in if n not in ("ngram", "draft_model", "translate", "cascade")]
+        others = [n for n in built_in if n not in ("ngram", "draft_model", "translate", *COMPOSED)]
         return tiny_engine(
-            drafters=[*others, "cascade"], draft_noise=0.01, datastore=folder, **more
+            drafters=[*others, *COMPOSED], draft_noise=0.01, datastore=folder, **more
         )
 
     return make
@@ -160,7 +162,7 @@ EXACT = [
 
 CHAINS = {
     "ngram", "suffix", "suffix, longest", "prediction", "early_exit", "early_exit, own noise",
-    "draft_model", "cascade",
+    "draft_model", "cascade", "auto",
 }  # fmt: skip
 DRAWN_CHAINS = {
     "early_exit", "early_exit, own noise", "draft_model", "draft_model tree",

@@ -23,7 +23,7 @@ SPECULATIONS = ["off", "ngram", "draft_model", {"num_draft_tokens": 2}] * 2
 def llm(tmp_path_factory):
     folder = write_checkpoint(tmp_path_factory.mktemp("target"))
     draft = write_checkpoint(tmp_path_factory.mktemp("draft"), num_hidden_layers=1)
-    return LLM(folder, draft_model=draft, check_integrity=True)
+    return LLM(folder, draft_model=draft, policy="fixed", check_integrity=True)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from outrider.draft.base import Warmth
 from outrider.engine.build import LoadConfig, build, speculation_params
 from outrider.errors import ConfigError, ModelError, PairError, RequestError
 from outrider.registry import DRAFTERS
+from outrider.request import Option
 from outrider.testing import ScriptedDrafter, junk
 from tests.engine.tiny_checkpoint import MAX_POSITIONS, VOCAB, write_checkpoint
 
@@ -23,6 +25,16 @@ class Stranger(ScriptedDrafter):
 
     def __init__(self):
         super().__init__(junk(VOCAB), name="stranger")
+
+
+class Tuned(Stranger):
+    """A plug-in with a setting."""
+
+    settings: ClassVar = {"size": Option(5, "how large", 1, 9)}
+
+    def __init__(self, size=5):
+        super().__init__()
+        self.size = size
 
 
 class NeedsHiddenStates(Stranger):
@@ -49,7 +61,11 @@ def install(monkeypatch, name, target):
     monkeypatch.setattr(
         registry,
         "entry_points",
-        lambda *, group: [EntryPoint(name=name, value=target, group=group)],
+        lambda *, group: (
+            []
+            if group == registry.POLICIES.group
+            else [EntryPoint(name=name, value=target, group=group)]
+        ),
     )
 
 
@@ -98,6 +114,51 @@ def test_a_broken_plug_in_is_skipped_with_a_warning(target, monkeypatch, caplog,
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert reason in record.getMessage()
+
+
+def test_settings_reach_the_drafters(target):
+    settings = {"suffix": {"max_shared_tokens": 70, "depth": 9}, "recycle": {"max_tenants": 2}}
+    built = engine(target, drafter_settings=settings)
+    suffix, recycle = built.drafters["suffix"], built.drafters["recycle"]
+    assert (suffix.max_shared_tokens, suffix.max_tenants, suffix.depth) == (70, 64, 9)
+    for tenant in "abc":
+        recycle.successors(tenant)
+    assert set(recycle.tables) == {"b", "c"}
+    narrow = engine(target, drafter_settings={"recycle": {"num_successors": 3}})
+    assert narrow.drafters["recycle"].successors().shape == (narrow.spec.vocab_size + 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"sufix": {}}, "unknown drafter 'sufix'; did you mean 'suffix'"),
+        ({"suffix": {"budget": 3}}, r"unknown setting .*'suffix'.* 'budget' \(known: depth, max_"),
+        ({"suffix": {"alpha": 3.0}}, "unknown setting"),
+        ({"suffix": {"max_tenants": 0}}, r"\['max_tenants'\]=0: must lie in \[1, "),
+        ({"suffix": {"depth": "deep"}}, r"\['depth'\]='deep': must be a whole number"),
+        ({"recycle": {"num_successors": 9}}, r"=9: must lie in \[1, 8\]"),
+        ({"ngram": {"depth": 3}}, "ngram has no settings; drop it"),
+        (["suffix"], r"drafter_settings=\['suffix'\]: must map drafters to their settings"),
+        ({"suffix": 3}, r"drafter_settings\['suffix'\]=3: must map names"),
+    ],
+)
+def test_settings_are_honoured_or_refused(target, settings, match):
+    with pytest.raises(ConfigError, match=match):
+        engine(target, drafter_settings=settings)
+
+
+def test_settings_of_a_drafter_that_is_not_here_are_refused(target):
+    with pytest.raises(ConfigError, match=r"\['suffix'\]: that drafter is not set up here; name"):
+        engine(target, drafters=("ngram",), drafter_settings={"suffix": {"depth": 9}})
+    with pytest.raises(ConfigError, match="'rest' needs a datastore"):
+        engine(target, drafter_settings={"rest": {}})
+
+
+def test_a_plug_in_may_have_settings_and_reads_them(target, monkeypatch):
+    monkeypatch.setitem(DRAFTERS._builtins, "Tuned", f"{__name__}:Tuned")
+    assert engine(target, drafters=("Tuned",)).drafters["stranger"].size == 5
+    built = engine(target, drafters=("Tuned",), drafter_settings={"Tuned": {"size": 7}})
+    assert built.drafters["stranger"].size == 7
 
 
 def test_a_broken_plug_in_that_is_named_is_an_error(target, monkeypatch):

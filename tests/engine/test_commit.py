@@ -41,14 +41,16 @@ class Desk:
         self.seq.table, _ = self.manager.open(self.seq.tokens)
         self.streamer.open(self.seq)
 
-    def commit(self, tree, accepted, token, logits=None, num_tokens=None):
+    def commit(self, tree, accepted, token, logits=None, num_tokens=None, relaxed=()):
         """One step of the sequence: `accepted` and the bonus token are the verdict."""
         seq = self.seq
         num_tokens = seq.num_uncached if num_tokens is None else num_tokens
         assert self.manager.reserve(seq.table, seq.num_cached + num_tokens + len(tree))
         row = Row(seq, num_tokens, len(tree))
         logits = torch.zeros(1 + len(tree), 256) if logits is None else logits
-        verdict = Verdict(tuple(accepted), token) if accepted is not None else None
+        verdict = None
+        if accepted is not None:
+            verdict = Verdict(tuple(accepted), token, relaxed=relaxed)
         output = TargetOutput(logits, [0 if verdict else -1], [])
         (made,) = self.committer.commit(Batch([row], []), [tree], [verdict], output)
         return made
@@ -219,7 +221,8 @@ def test_the_accepted_path_moves_to_the_slots_of_its_positions(accepted):
 def test_only_what_the_cut_left_is_kept():
     desk = Desk(max_tokens=2)
     number_slots(desk, TREE)
-    commit = desk.commit(TREE, (1, 3, 5, 6), ord("z"))
+    commit = desk.commit(TREE, (1, 3, 5, 6), ord("z"), relaxed=(3, 6))
+    assert commit.num_relaxed == 1
     assert (commit.tokens, commit.num_kept, commit.num_accepted) == (tuple(b"bd"), 2, 4)
     first = len(PROMPT)
     assert held(desk) == [*range(first), first + 1], "the last token is a root without KV"

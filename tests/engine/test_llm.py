@@ -26,7 +26,7 @@ def draft(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder, draft):
-    return LLM(folder, draft_model=draft, check_integrity=True)
+    return LLM(folder, draft_model=draft, policy="fixed", check_integrity=True)
 
 
 @pytest.fixture
@@ -310,7 +310,11 @@ def test_max_tokens_none_goes_to_the_end_of_the_context(llm):
 
 
 def test_a_prediction_may_be_text_by_default_and_per_request():
-    llm = LLM("demo", speculation={"method": "prediction", "prediction": "import os\nimport sys\n"})
+    llm = LLM(
+        "demo",
+        speculation={"method": "prediction", "prediction": "import os\nimport sys\n"},
+        policy="fixed",
+    )
     sampling = SamplingParams(max_tokens=8)
     plain = llm.generate("import", sampling, "off")[0]
     for speculation in (None, {"method": "prediction", "prediction": plain.text}):

@@ -1,10 +1,14 @@
 """What a request asks of speculation: defaults, and refusals that name value and remedy."""
 
 import re
+from importlib.metadata import EntryPoint
 from typing import ClassVar
 
 import pytest
 
+from outrider import registry
+from outrider.control.base import Facts
+from outrider.control.policies import make_controller
 from outrider.draft.drafters import Drafters
 from outrider.draft.ngram import NgramDrafter
 from outrider.engine import resolve as module
@@ -12,7 +16,7 @@ from outrider.engine.resolve import resolve
 from outrider.errors import PairError, RequestError
 from outrider.request import Option, SamplingParams, Speculation, SpeculationParams
 from outrider.step import Kind
-from outrider.testing import ScriptedDrafter, junk
+from outrider.testing import ScriptedDrafter, junk, tiny_engine
 from outrider.verify.sampled import SampledVerifier
 
 GREEDY, HOT = SamplingParams(), SamplingParams(temperature=1.0)
@@ -24,6 +28,24 @@ class Drawing(ScriptedDrafter):
     sample_methods = ("greedy", "probabilistic", "independent", "coupled")
     max_width = 1
     default_draft_tokens = 6
+
+
+class DraftModel(Drawing):
+    """As `Drawing`, with a model of its own."""
+
+    needs = ("draft model",)
+
+
+class Wayward(Drawing):
+    """A drafter that draws under one of its options only, and then looks n-grams up."""
+
+    options: ClassVar = {"by": Option("text", "which way", choices=("text", "ids"))}
+
+    def sample_methods_for(self, options):
+        return self.sample_methods if options["by"] == "ids" else ("greedy",)
+
+    def looks_up(self, options):
+        return options["by"] == "ids"
 
 
 class NarrowDrawing(Drawing):
@@ -53,7 +75,7 @@ class Guided(ScriptedDrafter):
 class Both(ScriptedDrafter):
     """A drafter that composes others."""
 
-    options: ClassVar = {"parts": Option("ngram,draft_model", "who drafts")}
+    options: ClassVar = {"parts": Option("ngram,draft_model", "who drafts"), **Wayward.options}
 
     def options_for(self, given):
         return self.options
@@ -66,7 +88,8 @@ def drafters():
     return Drafters(
         [
             NgramDrafter(),
-            Drawing(junk(9), name="draft_model"),
+            DraftModel(junk(9), name="draft_model"),
+            Wayward(junk(9), name="wayward"),
             NarrowDrawing(junk(9), name="branching"),
             AlwaysTree(junk(9), name="bushy"),
             Guided(junk(9), name="guided"),
@@ -180,12 +203,73 @@ def test_refusals_name_value_and_remedy(params, error, value, remedy):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("asked", ["coupled", "probabilistic", "independent"])
+def test_a_method_is_refused_where_the_options_leave_it_out(asked):
+    message = (
+        f"draft_sample_method={asked!r}: wayward drafts greedy only with by='text'; "
+        "drop it, or use drafter_options={'by': 'ids'}"
+    )
+    for options in ({}, {"by": "text"}):
+        with pytest.raises(RequestError, match=re.escape(message)):
+            ask(method="wayward", drafter_options=options, draft_sample_method=asked)
+    assert ask_by_ids(draft_sample_method=asked).draft_sample_method == asked
+
+
+def ask_by_ids(**params):
+    return ask(method="wayward", drafter_options={"by": "ids"}, **params)
+
+
+def test_without_a_word_the_method_is_the_best_that_the_options_leave():
+    assert ask(method="wayward").draft_sample_method == "greedy"
+    assert ask(method="wayward", verifier="rejection").draft_sample_method == "greedy"
+    assert ask(method="wayward", draft_sample_method="greedy").draft_sample_method == "greedy"
+    assert ask_by_ids().draft_sample_method == "coupled"
+    assert ask_by_ids(verifier="rejection").draft_sample_method == "probabilistic"
+    with pytest.raises(PairError, match="that drafts a picked chain"):
+        ask(method="wayward", verifier="spectr")
+
+
+def test_a_composed_drafter_honours_a_method_if_one_of_its_parts_does():
+    options = {"parts": "wayward,draft_model"}
+    found = ask(method="both", drafter_options=options, draft_sample_method="coupled")
+    assert found.draft_sample_method == "coupled"
+    with pytest.raises(RequestError, match="both drafts greedy only with by='text'"):
+        ask(
+            method="both",
+            drafter_options={"parts": "wayward,ngram"},
+            draft_sample_method="coupled",
+        )
+
+
+def test_a_composed_drafter_is_as_wide_as_its_widest_part():
+    assert ask(method="both", width=3).width == 3
+    with pytest.raises(RequestError, match="width=2: both draws at most 1 branches; use width=1"):
+        ask(method="both", drafter_options={"parts": "draft_model"}, width=2)
+    with pytest.raises(RequestError, match="width=1: both draws at least 2"):
+        ask(method="both", drafter_options={"parts": "bushy"}, width=1)
+
+
+def test_bounds_of_a_lookup_go_to_who_looks_up():
+    assert ask_by_ids(prompt_lookup_max=3).prompt_lookup_max == 3
+    with pytest.raises(RequestError, match="prompt_lookup_max=3: method 'wayward' does not look"):
+        ask(method="wayward", prompt_lookup_max=3)
+
+
 def test_a_drafter_that_is_not_set_up_here():
     few = Drafters([ScriptedDrafter(junk(9))])
     with pytest.raises(RequestError, match=re.escape("give the engine draft_model=...")):
         ask(available=few, method="draft_model")
     with pytest.raises(RequestError, match=r"method='ngram'.*LLM\(drafters=\.\.\.\)"):
         ask(available=few, method="ngram")
+    with pytest.raises(RequestError, match="the draft model here has the target's own vocabulary"):
+        ask(method="translate")
+
+
+def test_a_plug_in_that_cannot_be_loaded_is_told_to_who_asks_for_it(monkeypatch):
+    point = EntryPoint(name="broken", value="no_such_module:Thing", group="outrider.drafters")
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: [point])
+    with pytest.raises(RequestError, match=r"method='broken': .* cannot be loaded"):
+        ask(method="broken")
 
 
 def test_the_loaded_draft_model_may_be_insisted_on():
@@ -308,3 +392,58 @@ def test_a_tree_with_no_room_for_its_branches_is_refused():
 
 def test_the_model_of_a_composed_drafter_may_be_insisted_on():
     assert ask(method="both", model="small-model").drafter == "both"
+
+
+def test_a_table_may_ask_for_more_than_a_drafter_would(made_with_policies):
+    spec = made_with_policies({"policy": "table", "policy_options": {"table": "1-:9"}})
+    assert (spec.policy, spec.num_draft_tokens, spec.num_nodes) == ("table", 9, 9)
+    with pytest.raises(RequestError, match="num_draft_tokens=4: policy 'table' asks for up to 9"):
+        made_with_policies(
+            {"policy": "table", "policy_options": {"table": "1-:9"}, "num_draft_tokens": 4}
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling", "policy"),
+    [
+        ({}, {}, "adaptive"),
+        ({"num_draft_tokens": 4}, {}, "fixed"),
+        ({"num_draft_tokens": 4, "policy": "adaptive"}, {}, "adaptive"),
+        ({}, {"temperature": 1.0, "seed": 3}, "adaptive"),
+        ({"verifier": "rejection"}, {"temperature": 1.0, "seed": 3}, "fixed"),
+        ({"verifier": "rejection"}, {"temperature": 1.0}, "adaptive"),
+        ({"verifier": "rejection"}, {}, "adaptive"),
+        ({"verifier": "fly"}, {}, "fixed"),
+        ({"verifier": "fly", "policy": "adaptive"}, {}, "adaptive"),
+    ],
+)
+def test_who_decides_how_far_to_draft(made_with_policies, settings, sampling, policy):
+    assert made_with_policies(settings, **sampling).policy == policy
+
+
+def test_latency_targets_need_a_policy_that_keeps_them(made_with_policies):
+    spec = made_with_policies({"slo": {"tpot_ms": 50, "ttft_ms": 200.0}})
+    assert (spec.tpot_s, spec.ttft_s) == (0.05, 0.2)
+    with pytest.raises(RequestError, match=r"slo=.*policy 'fixed' keeps no latency targets"):
+        made_with_policies({"slo": {"tpot_ms": 50}, "num_draft_tokens": 2})
+    for wrong in ({"tpot": 5}, {"tpot_ms": 0}, {"tpot_ms": True}):
+        with pytest.raises(RequestError, match="slo"):
+            SpeculationParams(slo=wrong)
+
+
+def test_an_unknown_policy_names_those_there_are(made_with_policies):
+    with pytest.raises(RequestError, match=r"adaptiv.*adaptive"):
+        made_with_policies({"policy": "adaptiv"})
+
+
+@pytest.fixture
+def made_with_policies():
+    """Resolves for `draft_model` beside a controller with all policies."""
+    controller = make_controller(1000, Facts(clock=lambda: 0.0))
+    drafters = tiny_engine().drafters
+
+    def resolved(settings, **sampling):
+        params = SpeculationParams(method="draft_model", **settings)
+        return resolve(params, SamplingParams(**sampling), drafters, "", "tiny", controller)
+
+    return resolved

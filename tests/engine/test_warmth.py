@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from outrider import LLM, AsyncLLM, SamplingParams
-from outrider.engine.warmth import DAMAGED, NO_ROOM, NOT_KEPT, TOO_SHORT, Warmth
+from outrider.engine.warm_bundles import DAMAGED, NO_ROOM, NOT_KEPT, TOO_SHORT
+from outrider.engine.warmth import Warmth
 from outrider.errors import ConfigError, EngineError, RequestError
 from outrider.request import Request, SpeculationParams
-from outrider.session.canary import Tries, judge
-from outrider.session.snapshot import Manifest
+from outrider.session.canary import History, Tries, judge
+from outrider.session.snapshot import Manifest, head_of
 from outrider.testing import ByteTokenizer, events, run, tiny_decoder, tiny_engine
+from tests.draft.test_translate import twins
+from tests.draft.vocabularies import TEXT
 from tests.engine.tiny_checkpoint import write_checkpoint
 
 OFF = SpeculationParams(method="off")
@@ -175,7 +178,7 @@ from pathlib import Path
 from outrider import LLM, SamplingParams
 from outrider.engine.warmth import Warmth
 target, draft, folder = sys.argv[1:]
-llm = LLM(target, draft_model=draft)
+llm = LLM(target, draft_model=draft, policy="fixed")
 log = list(range(20, 70))
 log += llm.generate([log], SamplingParams(max_tokens=20, ignore_eos=True))[0].token_ids
 kept = Warmth(llm.engine, Path(folder), tokenizer=llm.tokenizer).snapshot(log)
@@ -190,7 +193,7 @@ def test_another_process_takes_over(tmp_path):
     command = [sys.executable, "-c", SESSION, str(target), str(draft), str(tmp_path / "kept")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     kept, *log = map(int, done.stdout.split())
-    llm = LLM(target, draft_model=draft)
+    llm = LLM(target, draft_model=draft, policy="fixed")
     report = Warmth(llm.engine, tmp_path / "kept", tokenizer=llm.tokenizer).restore(log)
     assert report.kv_tokens == kept > 0
     assert report.drafters["draft_model"].ready_upto > 0
@@ -211,7 +214,7 @@ def snapshot_in(folder, tenant=""):
 @pytest.mark.parametrize("harm", ["flip", "cut", "unlink"])
 @pytest.mark.parametrize("part", ["target", "draft_model"])
 def test_a_damaged_bundle_is_cold_and_no_wrong_kv(tmp_path, monkeypatch, harm, part):
-    monkeypatch.setattr("outrider.engine.warmth.RUN_BLOCKS", 4)
+    monkeypatch.setattr("outrider.engine.warm_bundles.RUN_BLOCKS", 4)
     log = snapshot_in(tmp_path)
     engine = make_engine()
     warmth = Warmth(engine, tmp_path)
@@ -470,7 +473,7 @@ def test_what_runs_can_be_kept(tmp_path):
 
 
 def test_a_budget_too_small_keeps_the_beginning(tmp_path, monkeypatch):
-    monkeypatch.setattr("outrider.engine.warmth.RUN_BLOCKS", 4)
+    monkeypatch.setattr("outrider.engine.warm_bundles.RUN_BLOCKS", 4)
     engine = make_engine()
     log = first_turn(engine)
     kept = Warmth(engine, tmp_path, max_bytes=12_000).snapshot(log, include=("kv",))
@@ -542,6 +545,20 @@ def test_forgetting_leaves_what_another_log_needs(tmp_path):
     assert warmth.forget(fork) > 0
     assert (len(warmth.bundles), len(warmth.snapshots)) == (0, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_forgetting_a_branch_leaves_the_bundles_that_others_begin_with(tmp_path):
+    engine = make_engine()
+    log = first_turn(engine)
+    warmth = Warmth(engine, tmp_path)
+    num_kept = warmth.snapshot(log).kv_tokens
+    longer = [*log, *serve(engine, log)[0]]
+    warmth.snapshot(longer)
+    warmth.snapshots.drop(head_of(log, ""))  # as the oldest of too many would be
+    assert warmth.forget(longer, num_shared=len(log)) > 0
+    assert warmth.state(longer).tiers["disk"] == num_kept > 60
+    assert warmth.forget(log) > 0
+    assert len(warmth.bundles) == 0
 
 
 def test_what_recycle_learnt_of_a_tenant_comes_back(tmp_path):
@@ -633,7 +650,7 @@ def test_acceptance_after_a_restore_is_what_it_was(tmp_path):
     engine = make_engine()
     restored = session(engine, Warmth(engine, tmp_path), restart=restart)
     assert restored == warm, "token by token, so in distribution too"
-    assert not judge(restored[:-1], restored[-1]).is_worse
+    assert not judge(History.of(restored[:-1]), restored[-1]).is_worse
     assert restored[-1].rate > 0.5
 
 
@@ -651,7 +668,7 @@ def test_the_canary_sees_wrong_draft_kv(tmp_path):
 
     engine = make_engine()
     found = session(engine, Warmth(engine, tmp_path), restart=restart)
-    verdict = judge(found[:-1], found[-1])
+    verdict = judge(History.of(found[:-1]), found[-1])
     assert verdict.is_worse, verdict
 
 
@@ -707,3 +724,91 @@ async def test_a_call_may_leave_work(served):
 def test_the_folder_is_made_where_it_is_missing(tmp_path):
     Warmth(make_engine(), Path(tmp_path) / "state" / "kept")
     assert (tmp_path / "state" / "kept").is_dir()
+
+
+def translating(folder=None):
+    """A pair of two vocabularies, known by name, and what keeps its warmth."""
+    engine = twins(max_model_len=250)
+    for index, runner in enumerate((engine.runner, engine.drafters["translate"].runner)):
+        rename(runner.network, f"model {index}")
+    return engine, Warmth(engine, folder)
+
+
+@pytest.mark.parametrize("way", ["tokens", "strings"])
+def test_a_translating_draft_model_comes_back_too(tmp_path, monkeypatch, way):
+    """Its KV is of its own ids; `auto` is what a session asks for, so by that it is kept."""
+    engine, warmth = translating(tmp_path)
+    usual = engine.drafters["translate"].ways
+    monkeypatch.setitem(usual, "auto", usual[way])
+    speculation = SpeculationParams(method="translate")
+    prompt = usual["strings"].target.tokenizer.encode(TEXT * 3)[:150]
+    log = [*prompt, *serve(engine, prompt, speculation=speculation)[0]]
+    kept = warmth.snapshot(log)
+    num_kept = kept.parts["translate"].num_tokens
+    assert num_kept > (150 if way == "tokens" else 60), "text settles some way behind its end"
+    other, restored = translating(tmp_path)
+    ways = other.drafters["translate"].ways
+    monkeypatch.setitem(ways, "auto", ways[way])
+    report = restored.restore(log)
+    ready = report.drafters["translate"]
+    assert (ready.warmth, ready.reason) == ("R1", "")
+    assert ready.ready_upto == kept.watermarks["translate"] == num_kept, "a letter is a token"
+    assert not report.is_half_warm
+    rows = {}
+    for name, each in (("warm", engine), ("restored", other), ("cold", translating()[0])):
+        if name == "cold":
+            ways = each.drafters["translate"].ways
+            monkeypatch.setitem(ways, "auto", ways[way])
+        with rows_of(each.drafters["translate"].runner) as counted:
+            rows[name] = serve(each, log, speculation=speculation, max_tokens=20), sum(counted)
+    assert rows["restored"] == rows["warm"], "nothing is computed twice"
+    assert rows["cold"][0][0] == rows["warm"][0][0]
+    assert rows["cold"][1] - rows["warm"][1] >= num_kept - 2 * SIZE
+
+
+def test_the_kv_of_a_translating_pair_without_its_drafter_is_half_warm(tmp_path):
+    engine, warmth = translating(tmp_path)
+    drafter = engine.drafters["translate"]
+    prompt = drafter.ways["strings"].target.tokenizer.encode(TEXT * 3)[:150]
+    serve(engine, prompt, speculation=SpeculationParams(method="translate"))
+    warmth.snapshot(prompt, include=("kv",))
+    report = translating(tmp_path)[1].restore(prompt)
+    assert report.kv_tokens > 100
+    assert report.drafters["translate"] == ("R1", 0, NOT_KEPT)
+    assert report.is_half_warm
+
+
+def test_a_distrusted_drafter_is_computed_anew_in_its_place(tmp_path, monkeypatch):
+    """Noise in its KV is gone afterwards, bit by bit up to how kernels round; bundles too."""
+    monkeypatch.setattr("outrider.engine.warmth.MAX_REBUILD_TOKENS", 24)
+    engine = make_engine()
+    log = first_turn(engine)
+    warmth = Warmth(engine, tmp_path)
+    warmth.snapshot(log)
+    right = kv_of(draft_of(engine), log)
+    others = kv_of(engine, log)
+    for layer in draft_of(engine).runner.pool.layers:
+        layer.keys.normal_(generator=torch.Generator().manual_seed(1))
+        layer.values.normal_(generator=torch.Generator().manual_seed(2))
+    assert warmth.owners("draft_model") == ("draft_model",)
+    assert warmth.owners("ngram") == ()
+    num_wrong, done, stops = warmth.distrust("draft_model", log), 0, []
+    assert num_wrong == warmth.state(log).drafters["draft_model"].ready_upto > 60
+    assert {bundle.fingerprint.part for bundle in warmth.bundles} == {"target"}
+    while done < num_wrong:
+        done = warmth.rebuild("draft_model", log, start=done)
+        stops.append(done)
+    assert stops[:2] == [24, 48]
+    assert done == num_wrong
+    assert warmth.rebuild("draft_model", log, start=done) == done, "there is no more"
+    for mine, was in zip(kv_of(draft_of(engine), log), right, strict=True):
+        torch.testing.assert_close(mine, was, atol=1e-5, rtol=1e-4)
+    for mine, was in zip(kv_of(engine, log), others, strict=True):
+        assert torch.equal(mine, was), "the target is not touched"
+    check(engine)
+
+
+def test_who_composes_others_owns_what_they_own():
+    warmth = Warmth(make_engine(drafters=["early_exit", "cascade"]))
+    assert warmth.owners("cascade") == ("draft_model",)
+    assert warmth.owners("early_exit") == (), "it reads the target's"

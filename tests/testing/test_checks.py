@@ -632,19 +632,19 @@ class Skips(Rule):
     """Leaves a node of the path out."""
 
     def verify(self, tree, p, rng):
-        accepted, token, _ = super().verify(tree, p, rng)
+        accepted, token, *_ = super().verify(tree, p, rng)
         return Verdict(accepted[1:], token)
 
 
 class SkipsLossy(Lossy):
     def verify(self, tree, p, rng):
-        accepted, token, _ = super().verify(tree, p, rng)
+        accepted, token, *_ = super().verify(tree, p, rng)
         return Verdict(accepted[1:], token)
 
 
 class UpsideDown(Lossy):
     def verify(self, tree, p, rng):
-        accepted, token, _ = super().verify(tree, p, rng)
+        accepted, token, *_ = super().verify(tree, p, rng)
         return Verdict(accepted[::-1], token)
 
 

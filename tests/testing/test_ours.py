@@ -20,7 +20,7 @@ RULES = [part.name for part in VERIFIERS if part.source == "outrider"]
 DRAFTER_SETTINGS = {
     "ngram": [{"prompt_lookup_min": 1}, {"num_draft_tokens": 9}],
     "suffix": [
-        {"drafter_options": {"mode": "longest"}},
+        {"drafter_options": {"mode": "longest"}, "width": 1},
         {"drafter_options": {"shared": "none", "min_probability": 0.0, "offset": 2.0}},
     ],
     "lookahead": [{"num_draft_tokens": 10}],

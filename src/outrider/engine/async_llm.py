@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from outrider.engine.build import speculation_params
 from outrider.engine.llm import LLM, Speculation
-from outrider.engine.prompts import Prompt, make_request
+from outrider.engine.prompts import NOTHING, Prompt, make_request
 from outrider.errors import EngineError, RequestError
-from outrider.request import SamplingParams, StreamParams
+from outrider.request import PastDrafts, SamplingParams, StreamParams
 from outrider.stream.events import Committed, Event
 
 T = TypeVar("T")
@@ -60,8 +60,12 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         tenant: str = "",
+        experience: PastDrafts = NOTHING,
     ) -> AsyncIterator[Event]:
         """Events of one request, as they happen; leaving the loop early aborts it.
+
+        Args:
+            experience: how drafts for such text fared before (see `Request`).
 
         Raises:
             RequestError: it cannot be served as asked. EngineError: the engine broke down.
@@ -78,6 +82,7 @@ class AsyncLLM:
             self._llm.tokenizer,
             priority=priority,
             tenant=tenant,
+            experience=experience,
         )
         if request.id in self._clients:
             raise RequestError(f"request id {request.id!r} is in use: choose another")

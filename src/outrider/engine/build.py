@@ -1,18 +1,22 @@
 """From names to an engine: load target, draft model and tokenizer, check the fit, wire them."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
+from outrider.control.base import Facts
+from outrider.control.policies import make_controller
 from outrider.draft.base import NEEDS, Drafter, ModelParts, Surroundings, Warmth
+from outrider.engine.calibrate import load_prices
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
-from outrider.errors import ConfigError, PairError, RequestError, TokenizerError
+from outrider.errors import ConfigError, PairError, RequestError, TokenizerError, unknown
 from outrider.models.base import ModelSpec, Network
 from outrider.models.hub import resolve
 from outrider.models.network import load_network
@@ -20,10 +24,11 @@ from outrider.models.runner import Runner
 from outrider.ops.choose import choose
 from outrider.quant.schemes import find_scheme
 from outrider.registry import DRAFTERS, OURS
-from outrider.request import OFF, SpeculationParams
+from outrider.request import OFF, Option, SpeculationParams
 from outrider.sampling.grammar import GrammarCompiler
 from outrider.tokenizer import Tokenizer, load_tokenizer, same_vocabulary
 
+Settings = Mapping[str, Mapping[str, Any]]
 DEMO, DEMO_DRAFT = "demo", "demo-draft"
 MODEL_DRAFTER, TRANSLATOR = "draft_model", "translate"
 logger = logging.getLogger(__name__)
@@ -38,6 +43,8 @@ class LoadConfig:
         draft_model: likewise; None loads none, except that "demo" brings its own ("off" declines
             it). One of another vocabulary drafts through `translate`.
         drafters: further drafters by registered name; None is all that can be had here.
+        drafter_settings: by drafter, what it is made with, as in
+            {"suffix": {"max_shared_tokens": 200_000}}: memory and the like, which requests share.
         dtype: "auto" (the checkpoint's on a GPU, float32 on the CPU) or a torch dtype's name.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         revision: of the model's hub id; a draft model of another name is taken as it is now.
@@ -55,11 +62,14 @@ class LoadConfig:
             "int8-dynamic", "int8-weight-only", "int4"; None or "off" keeps them as stored.
         draft_quantization: likewise for the draft model; None is as the target.
         datastore: folder written by `outrider index build`, for method "rest".
+        policy: who decides how far to draft where a request does not say: "adaptive", "fixed",
+            "off", "table", or a plug-in's name.
     """
 
     model: str
     draft_model: str | None = None
     drafters: tuple[str, ...] | None = None
+    drafter_settings: Settings = field(default_factory=dict)
     dtype: str = "auto"
     device: str = "auto"
     revision: str | None = None
@@ -72,6 +82,7 @@ class LoadConfig:
     quantization: str | None = None
     draft_quantization: str | None = None
     datastore: str | None = None
+    policy: str = "adaptive"
 
 
 def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokenizer | None]:
@@ -87,6 +98,7 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     draft_name = _draft_name(load)
     for quantization in (load.quantization, load.draft_quantization):
         find_scheme(quantization)  # a slip is told before gigabytes are fetched
+    _check_settings(load.drafter_settings)
     target = _load(load, load.model, load.quantization)
     tokenizer = _tokenizer(load.model, load) if load.load_tokenizer else None
     max_model_len = config.model_len(target.spec)
@@ -100,6 +112,7 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     if draft_name:
         surroundings = _with_draft(load, draft_name, surroundings, config)
         default_drafter = MODEL_DRAFTER if surroundings.shares_vocabulary else TRANSLATOR
+    draft = surroundings.draft
     engine = Engine(
         runner,
         manager,
@@ -109,8 +122,19 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
         tokenizer=tokenizer,
         grammars=_grammars(tokenizer, target.spec),
         draft_model=draft_name,
+        controller=make_controller(max_model_len, _facts(target.spec), load.policy),
+        clock=time.perf_counter,
+        draft_fingerprint=draft.runner.network.spec.fingerprint if draft else "",
     )
+    engine.has_prices = load_prices(engine)
     return engine, tokenizer
+
+
+def _facts(spec: ModelSpec) -> Facts:
+    """What can be said of passes before one is timed: by the bytes they read."""
+    kv_bytes = KVPool.bytes_per_block(spec.kv_shapes, 1, spec.dtype)
+    weight_bytes = spec.num_parameters * spec.dtype.itemsize
+    return Facts(clock=time.perf_counter, context_price=kv_bytes / max(weight_bytes, 1))
 
 
 def speculation_params(values: str | Mapping[str, Any] | SpeculationParams) -> SpeculationParams:
@@ -182,11 +206,13 @@ def _with_pool(
 def _drafters(load: LoadConfig, surroundings: Surroundings, model: str) -> list[Drafter]:
     """Those that were asked for, or all that can be built here; parts before who composes them."""
     made: dict[str, Drafter] = {}
+    settings = load.drafter_settings
     for name in _asked_drafters(load, model):
         try:
-            drafter = _make_drafter(name, replace(surroundings, drafters=dict(made)))
+            around = replace(surroundings, drafters=dict(made))
+            drafter = _make_drafter(name, around, settings.get(name, {}))
         except ConfigError:
-            is_meant = load.datastore is not None and _reads_datastore(name)
+            is_meant = name in settings or (load.datastore is not None and _reads_datastore(name))
             if load.drafters is not None or name == model or is_meant:
                 raise
             continue  # nobody named it, and it cannot be had here
@@ -196,7 +222,33 @@ def _drafters(load: LoadConfig, surroundings: Surroundings, model: str) -> list[
             f"datastore={load.datastore!r}: none of drafters={load.drafters!r} reads it; add "
             "'rest', or drop it"
         )
+    for name in settings:
+        if name not in made:
+            raise ConfigError(
+                f"drafter_settings[{name!r}]: that drafter is not set up here; name it in "
+                "drafters=..., or drop its settings"
+            )
     return list(made.values())
+
+
+def _check_settings(settings: Settings) -> None:
+    """ConfigError for a drafter or a setting that is not known, or a value out of bounds."""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"drafter_settings={settings!r}: must map drafters to their settings")
+    for name, given in settings.items():
+        known: Mapping[str, Option] = getattr(DRAFTERS.load(name), "settings", {})
+        told = f"drafter_settings[{name!r}]"
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{told}={given!r}: must map names of settings to values")
+        for setting, value in given.items():
+            if not known:
+                raise ConfigError(f"{told}={dict(given)!r}: {name} has no settings; drop it")
+            if setting not in known:
+                raise ConfigError(unknown(f"setting of drafter {name!r}:", setting, list(known)))
+            try:
+                known[setting].check(f"{told}[{setting!r}]", value)
+            except RequestError as error:
+                raise ConfigError(str(error)) from None
 
 
 def _reads_datastore(name: str) -> bool:
@@ -244,9 +296,12 @@ def _can_be_had(name: str, is_stranger: bool) -> bool:
     return set(drafter.needs) <= set(NEEDS)
 
 
-def _make_drafter(name: str, surroundings: Surroundings) -> Drafter:
+def _make_drafter(name: str, surroundings: Surroundings, settings: Mapping[str, Any]) -> Drafter:
     found = DRAFTERS.load(name)
-    made: Drafter = found.build(surroundings) if hasattr(found, "build") else found()
+    if hasattr(found, "build"):
+        built: Drafter = found.build(surroundings, **settings)
+        return built
+    made: Drafter = found(**settings)
     return made
 
 

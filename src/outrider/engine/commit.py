@@ -9,7 +9,7 @@ import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
-from outrider.control.controller import usable
+from outrider.control.limits import usable
 from outrider.errors import RequestError
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, DraftTree, Row, TargetOutput, Verdict
@@ -66,8 +66,8 @@ class Committer:
         if verdict.error:
             self._settle(seq, len(seq.tokens), ())
             return self._fail(seq, verdict.error)
-        accepted, token, _ = verdict
-        path = (*[tree.tokens[node] for node in accepted], token)
+        accepted = verdict.accepted
+        path = (*[tree.tokens[node] for node in accepted], verdict.token)
         cut = self._cut(seq, path)
         tokens = path[: cut.num_tokens]
         logprobs = _logprobs(seq, output, first, accepted, tokens)
@@ -81,10 +81,12 @@ class Committer:
                 return self._fail(seq, error, tokens)
         seq.finish_reason, seq.stop_reason = cut.finish_reason, cut.stop_reason
         num_drafted, num_accepted = len(tree.tokens), len(accepted)
+        num_relaxed = len(set(verdict.relaxed).intersection(accepted[:num_kept]))
         reason = cut.finish_reason
         return Commit(
-            seq, tree, tokens, num_drafted, num_accepted, num_kept, accepted, reason, logprobs
-        )
+            seq, tree, tokens, num_drafted, num_accepted, num_kept, accepted, reason, logprobs,
+            num_relaxed=num_relaxed,
+        )  # fmt: skip
 
     def _cut(self, seq: Sequence, path: tuple[int, ...]) -> Cut:
         """The first of: end token, length, stop text."""

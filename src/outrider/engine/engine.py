@@ -1,9 +1,10 @@
 """Engine: the loop. schedule, plan, draft, forward, verify, commit, stream."""
 
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 
 from outrider.cache.table import BlockManager
-from outrider.control.controller import FixedController
+from outrider.control.base import StepTimes
+from outrider.control.controller import Controller
 from outrider.draft.base import Drafter
 from outrider.draft.drafters import Drafters
 from outrider.engine.commit import Committer
@@ -13,7 +14,7 @@ from outrider.engine.scheduler import Scheduler
 from outrider.engine.stats import EngineStats
 from outrider.errors import RequestError
 from outrider.models.runner import Runner
-from outrider.request import Request
+from outrider.request import Request, SamplingParams, Speculation, SpeculationParams
 from outrider.sampling.grammar import GrammarCompiler
 from outrider.sampling.rng import fold
 from outrider.sampling.shaper import Shaper
@@ -34,6 +35,9 @@ class Engine:
         tokenizer: None serves token ids without text.
         grammars: None refuses constrained output.
         draft_model: name of the loaded draft model, for requests that insist on one.
+        controller: who decides how far to draft; None drafts as far as requests ask.
+        draft_fingerprint: of that model's weights.
+        clock: seconds, for policies that go by time; the engine itself looks at none.
     """
 
     def __init__(
@@ -47,6 +51,9 @@ class Engine:
         tokenizer: Decoder | None = None,
         grammars: GrammarCompiler | None = None,
         draft_model: str = "",
+        controller: Controller | None = None,
+        clock: Callable[[], float] | None = None,
+        draft_fingerprint: str = "",
     ) -> None:
         self.runner = runner
         self.manager = manager
@@ -56,10 +63,13 @@ class Engine:
         self.drafters = Drafters(drafters)
         self.default_drafter = default_drafter
         self.draft_model = draft_model
+        self.draft_fingerprint = draft_fingerprint
         self.grammars = grammars
         self.has_tokenizer = tokenizer is not None
         self.scheduler = Scheduler(config, manager)
-        self.controller = FixedController(self.max_model_len)
+        self.controller = controller or Controller(self.max_model_len)
+        self._clock = clock
+        self.has_prices = False  # of passes and drafting, from a calibration
         self.verifiers = Verifiers()
         self.streamer = Streamer(tokenizer, _exactness)
         self.committer = Committer(
@@ -73,28 +83,38 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One pass of the target for whoever is due; returns what the clients may know."""
+        began = self._now()
         events = self._farewells()
-        batch = self.scheduler.schedule()
+        resting = self.controller.resting(len(self.scheduler.running))
+        batch = self.scheduler.schedule(resting)
         for seq in batch.preempted:
             self.drafters.close(seq)
             self.drafters.open(seq)
         if not batch.rows:
             return events
         plan = self.controller.plan(batch)
+        started = self._now()
         drafts = self.drafters.draft(batch, plan)
+        drafted = self._now()
         events += self.streamer.provisional(batch, drafts)
         output = self.runner.forward(batch, drafts)
+        ran = self._now()
         verdicts = self.verifiers.verify(batch, drafts, output)
         commits = self.committer.commit(batch, drafts, verdicts, output)
         self.drafters.observe(commits, output)
-        self.controller.observe(commits)
         self.stats.observe(batch, commits)
         events += self.streamer.verified(commits)
+        rest = self._now() - ran + started - began
+        times = StepTimes(drafted - started, ran - drafted, rest)
+        self.controller.observe(batch, plan, commits, times if self._clock else None)
         self._fork_siblings(commits)
         self._release(commits)
         if self.config.check_integrity:
             self.check_integrity()
         return events
+
+    def _now(self) -> float:
+        return self._clock() if self._clock else 0.0
 
     def add(self, request: Request) -> None:
         """Queues a request. RequestError if it cannot be served as asked; then nothing changed."""
@@ -109,6 +129,17 @@ class Engine:
         self.scheduler.add(sequences[0])
         if len(sequences) > 1:
             self._unforked[sequences[0].id] = sequences[1:]
+
+    def resolve(self, params: SpeculationParams, sampling: SamplingParams) -> Speculation:
+        """What would be in force for a request; RequestError or PairError if it is refused."""
+        return resolve(
+            params,
+            sampling,
+            self.drafters,
+            self.default_drafter,
+            self.draft_model,
+            self.controller,
+        )
 
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it is; its last event comes with the next step."""
@@ -164,13 +195,8 @@ class Engine:
             tokens=list(request.prompt_token_ids),
             seed=fold(request.seed, index),
             arrival=self._num_arrived,
-            speculation=resolve(
-                request.speculation,
-                sampling,
-                self.drafters,
-                self.default_drafter,
-                self.draft_model,
-            ),
+            arrived_s=self._now(),
+            speculation=self.resolve(request.speculation, sampling),
             shaper=Shaper(
                 sampling,
                 vocab_size=self.spec.vocab_size,

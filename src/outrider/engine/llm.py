@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
 from typing import Any
 
 from outrider.engine.build import LoadConfig, build, speculation_params
+from outrider.engine.calibrate import calibrate, save_prices
 from outrider.engine.outputs import Completion, RequestOutput
 from outrider.engine.prompts import Message, Prompt, make_request, short, with_prediction
-from outrider.engine.resolve import resolve
 from outrider.errors import RequestError
 from outrider.request import Request, SamplingParams, SpeculationParams, StreamParams
 from outrider.stream.events import Committed, Event
@@ -29,8 +29,10 @@ class LLM:
             name, or its keys.
         quantization: "int8", "int8-dynamic", "int8-weight-only" or "int4": quantise the weights
             of both models, or of the draft model as `draft_quantization` says.
+        drafter_settings: by drafter, what it is made with, as in
+            {"suffix": {"max_shared_tokens": 200_000}}.
         dtype, device, revision, network, kernels, swap_linear, batch_invariant,
-            trust_remote_code, load_tokenizer, drafters, datastore: see
+            trust_remote_code, load_tokenizer, policy, drafters, datastore: see
             `outrider.engine.build.LoadConfig`.
         options: fields of `outrider.engine.config.EngineConfig` (max_num_seqs, block_size ...).
 
@@ -46,6 +48,7 @@ class LLM:
         draft_model: str | None = None,
         speculation: Speculation | None = None,
         drafters: Items[str] | None = None,
+        drafter_settings: Mapping[str, Mapping[str, Any]] | None = None,
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
@@ -58,12 +61,14 @@ class LLM:
         quantization: str | None = None,
         draft_quantization: str | None = None,
         datastore: str | None = None,
+        policy: str = "adaptive",
         **options: Any,
     ) -> None:
         load = LoadConfig(
             model=str(model),
             draft_model=None if draft_model is None else str(draft_model),
             drafters=None if drafters is None else _names(drafters),
+            drafter_settings=drafter_settings or {},
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             revision=revision,
@@ -76,6 +81,7 @@ class LLM:
             quantization=quantization,
             draft_quantization=draft_quantization,
             datastore=None if datastore is None else str(datastore),
+            policy=policy,
         )
         self.speculation = speculation_params({} if speculation is None else speculation)
         self.engine, self.tokenizer = build(load, options)
@@ -172,6 +178,33 @@ class LLM:
         finally:
             self._dismiss(requests)
 
+    def calibrate(self, budget_s: float = 2.0, *, again: bool = False) -> bool:
+        """Times passes and drafting and saves it, so that the adaptive policy begins with prices.
+
+        Without it they are learned while requests run. Prices of this machine and these models
+        that were saved before are taken when the engine is built; then nothing is timed.
+
+        Args:
+            budget_s: seconds that it may take.
+            again: time although there are saved prices.
+
+        Returns:
+            Whether anything was timed.
+
+        Raises:
+            ConfigError: requests are running.
+        """
+        if self.engine.has_prices and not again:
+            return False
+        self.engine.has_prices = calibrate(self.engine, budget_s) > 0
+        if self.engine.has_prices:
+            save_prices(self.engine)
+        return self.engine.has_prices
+
+    def save_prices(self) -> None:
+        """Keeps what was learned of prices for the next engine of these models here."""
+        save_prices(self.engine)
+
     def new_request_id(self) -> str:
         """A name that no other request of this engine was given."""
         return f"request-{next(self._ids)}"
@@ -211,14 +244,8 @@ class LLM:
 
     def _check_speculation(self) -> None:
         """The default is refused at once where no request could be served with it."""
-        engine = self.engine
-        resolve(
-            with_prediction(self.speculation, self.tokenizer),
-            SamplingParams(),
-            engine.drafters,
-            engine.default_drafter,
-            engine.draft_model,
-        )
+        asked = with_prediction(self.speculation, self.tokenizer)
+        self.engine.resolve(asked, SamplingParams())
 
 
 def _empty_output(request: Request) -> RequestOutput:

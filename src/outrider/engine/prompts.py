@@ -6,11 +6,18 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from outrider.errors import RequestError
-from outrider.request import Request, SamplingParams, SpeculationParams, StreamParams
+from outrider.request import (
+    PastDrafts,
+    Request,
+    SamplingParams,
+    SpeculationParams,
+    StreamParams,
+)
 from outrider.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Items[int] | Items[Message]
+NOTHING: PastDrafts = {}
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[int, ...]:
@@ -42,6 +49,7 @@ def make_request(
     *,
     priority: int = 0,
     tenant: str = "",
+    experience: PastDrafts = NOTHING,
 ) -> Request:
     """A request whose seed is drawn here if none was given."""
     if not isinstance(sampling, SamplingParams):
@@ -56,6 +64,7 @@ def make_request(
         priority=priority,
         tenant=tenant,
         bad_words_ids=_bad_words(sampling, tokenizer),
+        experience=experience,
     )
 
 

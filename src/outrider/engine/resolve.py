@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence as Items
 from dataclasses import fields
 from typing import Any
 
-from outrider.draft.base import Checks, Composes, Drafter
+from outrider.control.base import ChecksOptions, NamesDepth, Policy
+from outrider.control.controller import Controller
+from outrider.draft.base import Checks, Composes, Drafter, DrawsByOptions, LooksUp, OffersChoice
 from outrider.draft.drafters import Drafters
 from outrider.errors import ConfigError, PairError, RequestError, unknown
 from outrider.registry import DRAFTERS
 from outrider.request import (
+    MAX_DRAFT_TOKENS,
     MAX_NODES,
     OFF,
+    Candidate,
     Option,
     Options,
     SamplingParams,
@@ -23,7 +27,9 @@ from outrider.verify.verifiers import Settings, verifier
 
 DEFAULT_VERIFIER = "sampled"
 LOOKUP_MIN, LOOKUP_MAX = 2, 4
-MODEL_METHODS = ("draft_model", "translate")
+MORE = 2  # times a drafter's own K, for policies that go as far as pays
+MAX_POSITIONS = 1 << 40
+OWN_MODEL, OTHER_MODEL = "draft model", "draft model of another vocabulary"  # in `needs`
 
 
 def resolve(
@@ -32,12 +38,14 @@ def resolve(
     drafters: Drafters,
     default: str,
     draft_model: str,
+    controller: Controller | None = None,
 ) -> Speculation:
     """The drafter, rule and K in force.
 
     Args:
         default: drafter of requests that name none; "" decodes plainly.
         draft_model: name of the loaded draft model, "" for none.
+        controller: whose policies may be named; None knows "fixed" alone.
 
     Raises:
         RequestError: something named is not here. PairError: drafter and rule would be wrong
@@ -52,11 +60,21 @@ def resolve(
     drafter = _drafter(name, drafters)
     options, parts = _composed(drafter, params)
     members = [drafters[part] for part in parts] or [drafter]
-    _check_model(params, [member.name for member in members], draft_model)
-    _check_lookup(params, name, [member.name for member in members], options)
-    width = _width(params, drafter)
-    num_draft_tokens, num_nodes = _size(params, drafter, width)
-    method = _sample_method(params, name, members, rule, width)
+    _check_model(params, members, draft_model)
+    _check_lookup(params, name, members, options)
+    width = _width(params, drafter, members)
+    policy = _policy(params, sampling, rule, controller or Controller(MAX_POSITIONS))
+    policy_options = _policy_options(params, policy)
+    num_draft_tokens, num_nodes = _size(params, drafter, width, policy, policy_options)
+    candidates: tuple[Candidate, ...] = ()
+    if isinstance(drafter, OffersChoice):
+        factor = MORE if policy.needs_clock else 1
+        k = params.num_draft_tokens
+        if isinstance(policy, NamesDepth):
+            k = num_draft_tokens
+        candidates = drafter.candidates(options, k, factor)
+        num_draft_tokens = num_nodes = max(one.num_draft_tokens for one in candidates)
+    method = _sample_method(params, name, members, options, rule, width)
     low, high = _lookup(params)
     found = Speculation(
         drafter=name,
@@ -71,6 +89,11 @@ def resolve(
         draft_sample_method=method,
         prompt_lookup_min=low,
         prompt_lookup_max=high,
+        candidates=candidates,
+        policy=policy.name,
+        policy_options=policy_options,
+        tpot_s=_seconds(params, "tpot_ms"),
+        ttft_s=_seconds(params, "ttft_ms"),
     )
     _check_kinds(members, found, rule)
     for member in dict.fromkeys((drafter, *members)):
@@ -89,15 +112,70 @@ def _composed(drafter: Drafter, params: SpeculationParams) -> tuple[Options, tup
     return options, drafter.parts(options)
 
 
-def _size(params: SpeculationParams, drafter: Drafter, width: int) -> tuple[int, int]:
-    """K and the most nodes of a tree."""
+def _policy(
+    params: SpeculationParams, sampling: SamplingParams, rule: Verifier, controller: Controller
+) -> Policy:
+    """Who decides how far to draft.
+
+    A seed fixes the tokens under a rule that is not keyed by position only while the drafts are
+    equally long each time, and a lossy rule's tokens depend on the drafts at any temperature: such
+    requests get the fixed policy unless they name another.
+    """
+    is_sized = (params.num_draft_tokens, params.width, params.num_nodes) != (None, None, None)
+    is_free = rule.keyed_by == "position" or sampling.is_greedy or sampling.seed is None
+    is_keyed = is_free and rule.exactness in (Exactness.EXACT, Exactness.EXACT_GREEDY)
+    name = params.policy or ("fixed" if is_sized or not is_keyed else controller.default)
+    if name not in controller.policies:
+        raise RequestError(unknown("policy", name, list(controller.policies)))
+    policy = controller.policies[name]
+    if params.slo and not policy.needs_clock:
+        raise RequestError(
+            f"slo={dict(params.slo)!r}: policy {name!r} keeps no latency targets; add "
+            "policy='adaptive', or drop it"
+        )
+    return policy
+
+
+def _policy_options(params: SpeculationParams, policy: Policy) -> Options:
+    options = _options("policy_options", policy.name, policy.options, params.policy_options)
+    if isinstance(policy, ChecksOptions):
+        policy.check(options)
+    return options
+
+
+def _seconds(params: SpeculationParams, target: str) -> float | None:
+    return params.slo[target] / 1e3 if target in params.slo else None
+
+
+def _size(
+    params: SpeculationParams,
+    drafter: Drafter,
+    width: int,
+    policy: Policy,
+    policy_options: Options,
+) -> tuple[int, int]:
+    """K and the most nodes of a tree; where a policy goes as far as pays, chains may grow further.
+
+    A policy whose settings name a K must be able to plan it.
+    """
     k, num_nodes = params.num_draft_tokens, params.num_nodes
     if num_nodes is not None and params.width is not None and num_nodes < params.width:
         raise RequestError(
             f"num_nodes={num_nodes}: has no room for width={params.width} branches; use "
             f"num_nodes={params.width} or more"
         )
-    k = drafter.default_draft_tokens if k is None else k
+    named = policy.most_depth(policy_options) if isinstance(policy, NamesDepth) else None
+    if named is not None and k is not None and named > k:
+        raise RequestError(
+            f"num_draft_tokens={k}: policy {policy.name!r} asks for up to {named}; drop "
+            "num_draft_tokens, or lower the K of the policy"
+        )
+    if k is None:
+        k = drafter.default_draft_tokens
+        if named is not None:
+            k = max(named, 1)
+        elif policy.needs_clock and width == 1:
+            k = min(MORE * k, MAX_DRAFT_TOKENS)
     return k, num_nodes or drafter.default_num_nodes or min(k * width, MAX_NODES)
 
 
@@ -150,10 +228,12 @@ def _options(
     return found
 
 
-def _width(params: SpeculationParams, drafter: Drafter) -> int:
+def _width(params: SpeculationParams, drafter: Drafter, members: Items[Drafter]) -> int:
+    """One of the members must be able to draft as wide as is asked."""
     if params.width is None:
         return drafter.default_width
-    low, high = drafter.min_width, drafter.max_width
+    low = max(drafter.min_width, min(member.min_width for member in members))
+    high = min(drafter.max_width, max(member.max_width for member in members))
     if not low <= params.width <= high:
         bound = f"at most {high}" if params.width > high else f"at least {low}"
         raise RequestError(
@@ -182,28 +262,35 @@ def _prediction(params: SpeculationParams, members: Items[Drafter]) -> tuple[int
 def _drafter(name: str, drafters: Drafters) -> Drafter:
     if name in drafters:
         return drafters[name]
-    if name in MODEL_METHODS:
+    try:
+        if name not in DRAFTERS.names():
+            raise RequestError(unknown("method", name, [OFF, *DRAFTERS.names()]))
+        drafter = DRAFTERS.load(name)
+    except ConfigError as error:
+        raise RequestError(f"method={name!r}: {error}") from None
+    if _runs_draft_model(drafter):
         raise RequestError(_missing_model(name, drafters))
-    if name in DRAFTERS.names():
-        raise RequestError(
-            f"method={name!r}: not set up in this engine; name it in LLM(drafters=...)"
-        )
-    raise RequestError(unknown("method", name, [OFF, *DRAFTERS.names()]))
+    raise RequestError(f"method={name!r}: not set up in this engine; name it in LLM(drafters=...)")
+
+
+def _runs_draft_model(drafter: Drafter) -> bool:
+    return OWN_MODEL in drafter.needs or OTHER_MODEL in drafter.needs
 
 
 def _missing_model(name: str, drafters: Drafters) -> str:
-    other = next((other for other in MODEL_METHODS if other in drafters), None)
+    others = (drafters[other] for other in drafters.names())
+    other = next((other for other in others if _runs_draft_model(other)), None)
     if other is None:
         return f"method={name!r}: no draft model is loaded; give the engine draft_model=..."
-    kind = "another" if other == "translate" else "the target's own"
-    return f"method={name!r}: the draft model here has {kind} vocabulary; use method={other!r}"
+    kind = "another" if OTHER_MODEL in other.needs else "the target's own"
+    return f"method={name!r}: the draft model here has {kind} vocabulary; use method={other.name!r}"
 
 
-def _check_model(params: SpeculationParams, members: Items[str], draft_model: str) -> None:
+def _check_model(params: SpeculationParams, members: Items[Drafter], draft_model: str) -> None:
     if params.model is None:
         return
-    if not set(members) & set(MODEL_METHODS):
-        names = ", ".join(members)
+    if not any(_runs_draft_model(member) for member in members):
+        names = ", ".join(member.name for member in members)
         raise RequestError(f"model={params.model!r}: method {names!r} has no draft model; drop it")
     if params.model != draft_model:
         raise RequestError(
@@ -213,9 +300,9 @@ def _check_model(params: SpeculationParams, members: Items[str], draft_model: st
 
 
 def _check_lookup(
-    params: SpeculationParams, name: str, members: Items[str], options: Options
+    params: SpeculationParams, name: str, members: Items[Drafter], options: Options
 ) -> None:
-    if "ngram" in members or options.get("inner") == "ngram":
+    if any(isinstance(member, LooksUp) and member.looks_up(options) for member in members):
         return
     for key in ("prompt_lookup_min", "prompt_lookup_max"):
         value = getattr(params, key)
@@ -234,15 +321,20 @@ def _lookup(params: SpeculationParams) -> tuple[int, int]:
 
 
 def _sample_method(
-    params: SpeculationParams, name: str, members: Items[Drafter], rule: Verifier, width: int
+    params: SpeculationParams,
+    name: str,
+    members: Items[Drafter],
+    options: Options,
+    rule: Verifier,
+    width: int,
 ) -> str:
     """How drafts are drawn; only a rule keyed by position may see drafts made with its noise."""
     asked = params.draft_sample_method
-    known = {method for member in members for method in member.sample_methods}
+    known = {method for member in members for method in _methods(member, options)}
     if asked is not None and asked not in known:
         raise RequestError(
-            f"draft_sample_method={asked!r}: {name} drafts {' or '.join(sorted(known))} only; "
-            "drop it"
+            f"draft_sample_method={asked!r}: {name} drafts {' or '.join(sorted(known))} only"
+            f"{_remedy(asked, members, options)}"
         )
     if asked == "coupled" and rule.keyed_by != "position":
         raise PairError(
@@ -253,20 +345,43 @@ def _sample_method(
     if rule.keyed_by == "position":
         return "coupled" if "coupled" in known else "greedy"
     for method in ("probabilistic", "independent"):
-        if method in known and all(_kind(m, method, width) in rule.accepts for m in members):
+        if method in known and all(
+            _kind(member, options, method, width) in rule.accepts for member in members
+        ):
             return method
     return "greedy"
+
+
+def _methods(member: Drafter, options: Options) -> tuple[str, ...]:
+    """How a drafter can draw under these options."""
+    if isinstance(member, DrawsByOptions):
+        return member.sample_methods_for(options)
+    return member.sample_methods
+
+
+def _remedy(method: str, members: Items[Drafter], options: Options) -> str:
+    """Names the option that would let drafts be drawn so, if one of them is all it takes."""
+    for member in members:
+        for name, about in member.options.items():
+            for choice in about.choices:
+                if method in _methods(member, {**options, name: choice}):
+                    return (
+                        f" with {name}={options[name]!r}; drop it, or use "
+                        f"drafter_options={{{name!r}: {choice!r}}}"
+                    )
+    return "; drop it"
 
 
 def _check_kinds(members: Items[Drafter], spec: Speculation, rule: Verifier) -> None:
     """A rule keeps its promise only for the kinds of proposal it declares."""
     method, width = spec.draft_sample_method, spec.width
     for member in members:
-        kind = _kind(member, method, width)
+        kind = _kind(member, spec.options, method, width)
         if kind in rule.accepts or (method == "coupled" and rule.keyed_by == "position"):
             continue
         known = ", ".join(sorted(k.value for k in rule.accepts))
-        chain = "width=1 or " if width > 1 and _kind(member, method, 1) in rule.accepts else ""
+        as_chain = _kind(member, spec.options, method, 1)
+        chain = "width=1 or " if width > 1 and as_chain in rule.accepts else ""
         raise PairError(
             f"verifier={rule.name!r} takes {known}; with width={width} and "
             f"draft_sample_method={method!r}, the best it would take of {member.name}, that drafts "
@@ -274,9 +389,9 @@ def _check_kinds(members: Items[Drafter], spec: Speculation, rule: Verifier) -> 
         )
 
 
-def _kind(member: Drafter, method: str, width: int) -> Kind:
+def _kind(member: Drafter, options: Options, method: str, width: int) -> Kind:
     width = max(min(width, member.max_width), member.min_width)
-    if method not in member.sample_methods or method == "greedy":
+    if method not in _methods(member, options) or method == "greedy":
         return Kind.PICKED_CHAIN if width == 1 else Kind.PICKED_TREE
     if width == 1:
         return Kind.DRAWN_CHAIN

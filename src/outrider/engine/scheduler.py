@@ -7,10 +7,10 @@ after preemption are all this rule.
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from outrider.cache.table import BlockManager
-from outrider.control.controller import most_nodes, usable
+from outrider.control.limits import most_nodes, usable
 from outrider.engine.config import EngineConfig
 from outrider.sequence import Sequence, Status
 from outrider.step import Batch, Row
@@ -61,8 +61,12 @@ class Scheduler:
             self.manager.free(seq.table)
             seq.table = None
 
-    def schedule(self) -> Batch:
-        """Rows for one step with KV blocks reserved for their tokens and draft nodes."""
+    def schedule(self, resting: Container[str] = ()) -> Batch:
+        """Rows for one step with KV blocks reserved for their tokens and draft nodes.
+
+        Args:
+            resting: policies whose rows need no room for drafts.
+        """
         block_size = self.config.block_size
         for seq in self.running:
             if seq.num_cached <= (len(seq.table.blocks) - 1) * block_size:
@@ -83,7 +87,7 @@ class Scheduler:
                 budget -= num_tokens
         if not preempted:
             budget = self._admit(rows, budget)
-        return Batch(self._with_drafts(rows, budget), preempted)
+        return Batch(self._with_drafts(rows, budget, resting), preempted)
 
     def _admit(self, rows: list[Row], budget: int) -> int:
         """Seats waiting sequences while rows, seats and blocks last; returns the rows left."""
@@ -112,12 +116,12 @@ class Scheduler:
             seq.num_prefix_hits = num_cached
         return True
 
-    def _with_drafts(self, rows: list[Row], budget: int) -> list[Row]:
+    def _with_drafts(self, rows: list[Row], budget: int, resting: Container[str]) -> list[Row]:
         """The rows with draft nodes, as far as budget and free blocks go."""
         wider = []
         for row in rows:
             spec, table = row.seq.speculation, row.seq.table
-            if not spec.num_draft_tokens or not row.reaches_end:
+            if not spec.num_draft_tokens or spec.policy in resting or not row.reaches_end:
                 wider.append(row)
                 continue
             end = row.seq.num_cached + row.num_tokens

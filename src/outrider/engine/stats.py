@@ -1,8 +1,9 @@
 """EngineStats: what the engine has done since its start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from outrider.step import Batch, Commit, Row
+from outrider.request import MAX_DRAFT_TOKENS
+from outrider.step import Batch, Commit, DraftTree, Row
 
 
 @dataclass
@@ -14,6 +15,7 @@ class EngineStats:
         num_prompt_tokens: tokens run as prompt or recomputed, prefix hits left out.
         num_generated_tokens: emitted.
         num_drafts, num_draft_tokens, num_accepted_tokens: trees, their nodes, accepted nodes.
+        depths: entry d counts the drafts that went d deep, one per sequence and step; 0 is none.
     """
 
     num_steps: int = 0
@@ -25,6 +27,7 @@ class EngineStats:
     num_accepted_tokens: int = 0
     num_preemptions: int = 0
     num_finished: int = 0
+    depths: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFT_TOKENS + 1))
 
     def observe(self, batch: Batch, commits: list[Commit]) -> None:
         self.num_steps += 1
@@ -38,7 +41,20 @@ class EngineStats:
                 self.num_drafts += 1
                 self.num_draft_tokens += commit.num_drafted
                 self.num_accepted_tokens += commit.num_accepted
+                self.depths[min(_depth(commit.tree), MAX_DRAFT_TOKENS)] += 1
+            elif commit.tokens:
+                self.depths[0] += 1
             self.num_finished += commit.finish_reason is not None
+
+
+def _depth(tree: DraftTree) -> int:
+    """Length of the longest path."""
+    if tree.is_chain:
+        return len(tree.tokens)
+    depths: list[int] = []
+    for parent in tree.parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
 
 
 def _is_decoded(row: Row, commit: Commit) -> bool:

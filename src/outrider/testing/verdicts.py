@@ -110,10 +110,11 @@ def _decode(verifier: Verifier, p: Model, draft: Draft, seed: int, length: int =
 class Judged:
     """A rule, each of whose verdicts is judged: well-formed, pure, and drawn as the rule says.
 
-    AssertionError for a path that does not lead down from the root; a token outside the
-    vocabulary; a second verdict on the same tree, laws and choices that differs from the first; in
-    a rule that is keyed by position and exact a coin, or another number of picks than one per token
-    emitted; a token that the settings forbid, unless the rule is synthetic.
+    AssertionError for a path that does not lead down from the root; relaxed nodes off that path, or
+    of a rule that is not lossy; a token outside the vocabulary; a second verdict on the same tree,
+    laws and choices that differs from the first; in a rule that is keyed by position and exact a
+    coin, or another number of picks than one per token emitted; a token that the settings forbid,
+    unless the rule is synthetic.
     """
 
     def __init__(self, rule: Verifier) -> None:
@@ -131,12 +132,16 @@ class Judged:
         return verdict
 
     def _check_path(self, verdict: Verdict, tree: DraftTree) -> None:
-        name, (accepted, _, error) = self._rule.name, verdict
-        assert not error, f"{name} fails a request over a toy: {error}"
+        name, accepted = self._rule.name, verdict.accepted
+        assert not verdict.error, f"{name} fails a request over a toy: {verdict.error}"
         told = f"{name}: accepted={accepted} is no path from the root of parents={tree.parents}"
         assert isinstance(accepted, tuple), told
         assert all(0 <= node < len(tree) for node in accepted), told
         assert not accepted or accepted == tree.path(accepted[-1]), told
+        is_lossy = self._rule.exactness is Exactness.LOSSY
+        told = f"{name}: relaxed={verdict.relaxed} of accepted={accepted}"
+        assert set(verdict.relaxed) <= set(accepted), told
+        assert is_lossy or not verdict.relaxed, f"{told}: only a lossy rule relaxes"
 
     def _check_tokens(self, verdict: Verdict, tree: DraftTree, p: Laws) -> None:
         name, token = self._rule.name, verdict.token

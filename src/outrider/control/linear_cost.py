@@ -1,0 +1,90 @@
+"""LinearCost: seconds as a sum of prices times counts, learned from timings.
+
+For what has no knees: drafting (passes, rows, nodes, tokens to catch up with) and the host's work
+after a pass. Prices wander slowly; a Kalman filter (Kalman 1960) follows them and knows which of
+them the timings so far could not tell apart.
+"""
+
+import math
+from collections.abc import Mapping, Sequence as Items
+from typing import Any
+
+NOISE = 0.15  # standard deviation of a timing, relative
+DRIFT = 0.004  # of a price per timing, relative to what it may be
+SURPRISE = 4.0  # a timing counts as no further off than so many deviations
+
+
+class LinearCost:
+    """Prices per count, none below zero when they are used.
+
+    Args:
+        sizes: how large each price may be beside the others, before anything was timed (a token to
+            catch up with is far cheaper than a pass).
+    """
+
+    def __init__(self, sizes: Items[float]) -> None:
+        self.num_timings = 0
+        self.prices = [0.0] * len(sizes)
+        self._sizes = tuple(sizes)
+        self._unit = 0.0  # seconds that a price of size 1 may be
+        self._covariance: list[list[float]] = []
+
+    def predict(self, counts: Items[float]) -> float:
+        """Seconds; never negative."""
+        total = 0.0
+        for price, count in zip(self.prices, counts, strict=True):
+            if price > 0.0:
+                total += price * count
+        return total
+
+    def lowest(self) -> list[float]:
+        """Prices that would still be no surprise, at the lower end; never negative."""
+        if not self._covariance:
+            return [0.0] * len(self.prices)
+        spreads = (math.sqrt(row[i]) for i, row in enumerate(self._covariance))
+        return [max(price - s, 0.0) for price, s in zip(self.prices, spreads, strict=True)]
+
+    def observe(self, counts: Items[float], seconds: float) -> None:
+        """`counts` took this long together."""
+        if not self._covariance:
+            if seconds <= 0.0:
+                return
+            self._begin(seconds / max(counts[0], 1.0))
+        self.num_timings += 1
+        for index, size in enumerate(self._sizes):
+            self._covariance[index][index] += (DRIFT * size * self._unit) ** 2
+        moved = [sum(c * x for c, x in zip(row, counts, strict=True)) for row in self._covariance]
+        expected = sum(p * x for p, x in zip(self.prices, counts, strict=True))
+        known = sum(m * x for m, x in zip(moved, counts, strict=True))
+        spread = known + (NOISE * max(seconds, expected, 1e-7)) ** 2
+        limit = SURPRISE * math.sqrt(spread)
+        off = max(-limit, min(limit, seconds - expected))
+        for row, gain in enumerate(moved):
+            share = gain / spread
+            self.prices[row] += share * off
+            line = self._covariance[row]
+            for column, other in enumerate(moved):
+                line[column] -= share * other
+
+    def to_json(self) -> dict[str, Any]:
+        return {"prices": list(self.prices), "unit": self._unit, "num_timings": self.num_timings}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Starts from saved prices; ValueError if they are of something else."""
+        prices = [float(price) for price in saved["prices"]]
+        if len(prices) != len(self.prices) or float(saved["unit"]) < 0:
+            raise ValueError(f"{len(prices)} prices instead of {len(self.prices)}")
+        self.num_timings = int(saved["num_timings"])
+        if self.num_timings:
+            self._begin(float(saved["unit"]), 0.1)
+        self.prices = prices
+
+    def _begin(self, unit: float, share: float = 1.0) -> None:
+        self._unit = unit
+        self._covariance = [
+            [
+                (share * size * unit) ** 2 if row == column else 0.0
+                for column in range(len(self._sizes))
+            ]
+            for row, size in enumerate(self._sizes)
+        ]
