@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.prompts import held_out_prompts
-from benchmarks.provenance import as_markdown, provenance
-from outrider.bench.arms import paired_ratio
+from outrider.bench.provenance import as_markdown, provenance
+from outrider.bench.statistics import paired_ratio
 from outrider.engine.llm import LLM
 from outrider.models.hub import resolve
 from outrider.request import SamplingParams, SpeculationParams
@@ -82,7 +82,7 @@ def main() -> None:
         pairs = zip(seconds["transformers plain"], spent, strict=True)
         logs = [math.log(base / mine) for base, mine in pairs]
         by_prompt = [(a + b) / 2 for a, b in zip(logs[::2], logs[1::2], strict=True)]
-        ratio = paired_ratio(by_prompt)
+        ratio = paired_ratio([[each] for each in by_prompt])
         speed = args.max_tokens * len(spent) / sum(spent)
         print(
             f"| {name} | {speed:.0f} | {ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) | "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.provenance import as_markdown, provenance
+from outrider.bench.provenance import as_markdown, provenance
 from outrider.cache.pool import KVPool
 from outrider.models.config import DecoderConfig
 from outrider.models.decoder import Decoder

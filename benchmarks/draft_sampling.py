@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.prompts import held_out_prompts
-from benchmarks.provenance import as_markdown, provenance
+from outrider.bench.provenance import as_markdown, provenance
 from outrider.engine.llm import LLM
 from outrider.request import SamplingParams, SpeculationParams
 

@@ -9,8 +9,8 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.provenance import as_markdown, provenance
 from benchmarks.scripted import script
+from outrider.bench.provenance import as_markdown, provenance
 from outrider.engine.llm import LLM
 from outrider.request import Request, SamplingParams, SpeculationParams
 

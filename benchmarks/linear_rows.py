@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from benchmarks.provenance import as_markdown, provenance
+from outrider.bench.provenance import as_markdown, provenance
 from outrider.ops.base import Linear
 from outrider.ops.linear import CANDIDATES, PROBED_ROWS, is_invariant, plain
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.provenance import as_markdown, provenance
-from outrider.bench.arms import paired_ratio
+from outrider.bench.provenance import as_markdown, provenance
+from outrider.bench.statistics import paired_ratio
 from outrider.engine.llm import LLM
 from outrider.models.checkpoint import load_tensors
 from outrider.models.decoder import Decoder
@@ -174,9 +174,9 @@ def rounding_error(weight: Tensor, step: Tensor, limit: int) -> Tensor:
 
 def line(scores: Scores, base: Scores) -> str:
     pairs = zip(scores.losses, base.losses, strict=True)
-    perplexity = paired_ratio(scores.losses).ratio
+    perplexity = paired_ratio([[loss] for loss in scores.losses]).ratio
     same = (scores.likeliest_S == base.likeliest_S).float().mean()
-    ratio = paired_ratio([ours - theirs for ours, theirs in pairs])
+    ratio = paired_ratio([[ours - theirs] for ours, theirs in pairs])
     return (
         f"{len(scores.losses)} | {perplexity:.3f} | {ratio.ratio:.4f} "
         f"({ratio.low:.4f} to {ratio.high:.4f}) | {100 * same:.2f} %"

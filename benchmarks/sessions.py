@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.provenance import as_markdown, provenance
 from outrider.bench import workloads
+from outrider.bench.provenance import Watch, as_markdown
 from outrider.draft.base import Drafter, ModelParts, Surroundings
 from outrider.draft.drafters import Drafters
 from outrider.engine.llm import LLM
@@ -56,7 +56,9 @@ def answer(llm: LLM, log: list[int], method: str, tenant: str, count: int) -> Tu
     )
     start = time.perf_counter()
     first, tokens, metrics = 0.0, [], None
-    for event in llm.stream([log], sampling, SpeculationParams(method=method), tenant=tenant):
+    for event in llm.stream(
+        [log], sampling, SpeculationParams(method=method, policy="fixed"), tenant=tenant
+    ):
         if isinstance(event, Committed):
             if not tokens:
                 first = time.perf_counter() - start
@@ -87,16 +89,25 @@ def conversation(
     return turns
 
 
-def user_turns(llm: LLM, data: Path, num_turns: int, length: int, count: int) -> list[Any]:
-    """What users and tools said in tau-bench episodes, cut to `length` tokens a turn."""
-    assert llm.tokenizer is not None
-    episodes: dict[str, list[list[int]]] = defaultdict(list)
+def episodes(data: Path, num_turns: int, count: int) -> list[list[str]]:
+    """What users and tools said to the assistant in tau-bench episodes, turn by turn."""
+    said: dict[str, list[str]] = defaultdict(list)
     for record in workloads.load("tau_bench", data):
-        said = str(record.prompt[-1])
-        ids = llm.tokenizer.encode(said, add_special_tokens=False)[:length]
-        episodes[record.session].append(ids)
-    long = [turns[:num_turns] for turns in episodes.values() if len(turns) >= num_turns]
+        text, _, _ = record.prompt[-3:]  # behind it a blank line and whose turn it is
+        said[record.session].append(str(text))
+    long = [turns[:num_turns] for turns in said.values() if len(turns) >= num_turns]
+    assert long, f"no episode has {num_turns} turns: use fewer"
     return long[:: max(1, len(long) // count)][:count]
+
+
+def user_turns(llm: LLM, data: Path, num_turns: int, length: int, count: int) -> list[Any]:
+    """The same in token ids, cut to `length` tokens a turn."""
+    tokenizer = llm.tokenizer
+    assert tokenizer is not None
+    return [
+        [tokenizer.encode(said, add_special_tokens=False)[:length] for said in turns]
+        for turns in episodes(data, num_turns, count)
+    ]
 
 
 def main() -> None:
@@ -107,9 +118,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20, help="tokens of what a user says")
     parser.add_argument("--conversations", type=int, default=6)
     args = parser.parse_args()
-    facts, llm = provenance(), LLM("demo")
+    watch, llm = Watch(), LLM("demo")
     found = user_turns(llm, args.data, args.turns, args.length, args.conversations)
-    assert found, f"no episode has {args.turns} turns: use fewer"
     shown = sorted({0, 1, args.turns // 4, args.turns // 2, args.turns - 1})
     for method in METHODS:
         told: dict[str, list[list[Turn]]] = {arm: [] for arm in ARMS}
@@ -121,7 +131,7 @@ def main() -> None:
             logs = {json.dumps([t.token_ids for t in told[arm][-1]]) for arm in ARMS}
             assert len(logs) == 1, "the arms said different things"
         _print(method, told, shown)
-    print(as_markdown(facts))
+    print(as_markdown(watch.facts()))
 
 
 def _print(method: str, told: dict[str, list[list[Turn]]], shown: list[int]) -> None:

@@ -20,7 +20,7 @@ from benchmarks.peers.models import MODELS, PEERS
 from benchmarks.peers.protocol import Worker
 from benchmarks.peers.report import Visit, decode_speed, mismatches, table
 from benchmarks.prompts import held_out_prompts
-from benchmarks.provenance import as_markdown, provenance
+from outrider.bench.provenance import as_markdown, provenance
 from outrider.tokenizer import load_tokenizer
 
 SETTLE_S = 0.5  # the last arm's threads stop spinning

@@ -148,6 +148,8 @@ def test_several_completions_one_after_another(call, model, llm):
         (("--speculation", '{"methd": "off"}'), "did you mean 'method'"),
         (("--speculation", '{"num_draft_tokens": 99}'), "num_draft_tokens=99: must lie in [0, 64]"),
         (("--speculation", "draft_model"), "no draft model is loaded"),
+        (("--drafter-settings", "suffix"), "--drafter-settings 'suffix' is no JSON"),
+        (("--drafter-settings", '{"suffix": {"dept": 9}}'), "did you mean 'depth'"),
         (("--draft-model", "no/such"), "cannot get 'no/such' from the hub"),
         (("--regex", "["), "regex='[' does not compile"),
         (("--json-schema", "{"), "json_schema='{' does not compile"),

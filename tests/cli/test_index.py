@@ -58,7 +58,7 @@ def test_generate_drafts_from_it_and_answers_the_same(call, model, corpus, tmp_p
     assert drafted["metrics"]["num_draft_tokens"] > 0
 
 
-def test_chat_takes_a_datastore(call, model, corpus, tmp_path, monkeypatch):
+def test_chat_takes_a_datastore_and_settings(call, model, corpus, tmp_path, monkeypatch):
     loaded = {}
 
     def llm(name, **options):
@@ -67,8 +67,9 @@ def test_chat_takes_a_datastore(call, model, corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr("outrider.cli.options.LLM", llm)
     with pytest.raises(AssertionError, match="seen enough"):
-        call("chat", model, "--datastore", corpus)
+        call("chat", model, "--datastore", corpus, "--drafter-settings", '{"suffix": {"depth": 9}}')
     assert loaded["datastore"] == str(corpus)
+    assert loaded["drafter_settings"] == {"suffix": {"depth": 9}}
 
 
 @pytest.mark.parametrize(

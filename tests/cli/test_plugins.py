@@ -6,12 +6,12 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from outrider import registry
-from outrider.registry import DRAFTERS, VERIFIERS
+from outrider.registry import DRAFTERS, POLICIES, VERIFIERS
 
 
 def test_json_has_exactly_these_keys(call):
     found = json.loads(call("plugins", "--json").stdout)
-    assert set(found) == {"drafters", "verifiers"}
+    assert set(found) == {"drafters", "verifiers", "policies"}
     for part in found["drafters"]:
         assert set(part) == {"name", "needs", "warmth", "source"}
         assert isinstance(part["needs"], list)
@@ -21,6 +21,8 @@ def test_json_has_exactly_these_keys(call):
         assert part["exactness"] in ("exact", "exact-greedy", "lossy", "synthetic")
     assert [part["name"] for part in found["drafters"]] == DRAFTERS.names()
     assert [part["name"] for part in found["verifiers"]] == VERIFIERS.names()
+    assert found["policies"] == [{"name": n, "source": "outrider"} for n in POLICIES.names()]
+    assert "adaptive" in POLICIES.names()
     assert {"name": "ngram", "needs": [], "warmth": "R0", "source": "outrider"} in found["drafters"]
     assert {"name": "greedy", "exactness": "exact-greedy", "source": "outrider"} in found[
         "verifiers"
@@ -30,7 +32,8 @@ def test_json_has_exactly_these_keys(call):
 def test_the_list_names_all_of_them(call):
     lines = call("plugins").stdout.splitlines()
     names = [line.split()[0] for line in lines]
-    assert names == ["drafters", *DRAFTERS.names(), "verifiers", *VERIFIERS.names()]
+    drafters, verifiers, policies = DRAFTERS.names(), VERIFIERS.names(), POLICIES.names()
+    assert names == ["drafters", *drafters, "verifiers", *verifiers, "policies", *policies]
 
 
 def test_a_strangers_part_is_listed_with_its_source(call, monkeypatch):

@@ -1,6 +1,7 @@
 """`outrider serve`: its options, its keys, and one real process that is asked and told to stop."""
 
 import inspect
+import json
 import os
 import re
 import signal
@@ -14,11 +15,17 @@ from dataclasses import fields
 import httpx
 import pytest
 
+from outrider import LLM, SamplingParams
 from outrider.cli import serve as command
 from outrider.errors import ConfigError
+from outrider.ops.cpu.build import cache_folder
 from outrider.serve.config import ServeConfig
 
-RENAMED = {"api_keys": "api_key", "allowed_origins": "allowed_origin"}
+RENAMED = {
+    "api_keys": "api_key",
+    "allowed_origins": "allowed_origin",
+    "allowed_hosts": "allowed_host",
+}
 
 
 def test_every_setting_is_an_option():
@@ -56,6 +63,9 @@ def test_no_keys_means_none(monkeypatch):
         (["--api-keys-file", os.devnull], "holds no key"),
         (["--port", "70000"], "port=70000"),
         (["--max-concurrent", "0"], "max_concurrent=0"),
+        (["--calibrate-s", "-1"], "calibrate_s=-1.0"),
+        (["--calibrate-s", "nan"], "calibrate_s=nan"),
+        (["--policy", "adaptiv"], "did you mean 'adaptive'"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(refused, args, words):
@@ -71,7 +81,7 @@ def test_a_port_in_use(refused, model):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"port={port}" in refused("serve", model, "--port", port)
+        assert f"port={port}" in refused("serve", model, "--port", port, "--calibrate-s", 0)
 
 
 def test_missing_packages(monkeypatch):
@@ -91,12 +101,23 @@ def test_help_needs_no_server_packages():
 
 
 @pytest.fixture
-def process(model):
+def cache(tmp_path):
+    """A folder with the builds of the user's own, and no prices."""
+    for build in cache_folder().glob("*.so"):
+        (tmp_path / build.name).symlink_to(build)
+    return tmp_path
+
+
+@pytest.fixture
+def process(model, cache):
     """A server on a free port, and what it says on stderr."""
     code = "import sys; from outrider.cli.main import app; app(sys.argv[1:])"
-    args = ["serve", model, "--port", "0", "--drain-s", "10"]
+    args = ["serve", model, "--port", "0", "--drain-s", "10", "--calibrate-s", "0.3"]
     started = subprocess.Popen(
-        [sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OUTRIDER_CACHE": str(cache)},
     )
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(started.stderr), daemon=True)
@@ -118,7 +139,7 @@ def url_of(lines):
     raise AssertionError(lines)
 
 
-def test_a_process_serves_and_drains(process):
+def test_a_process_serves_and_drains(process, cache):
     started, lines = process
     with httpx.Client(base_url=url_of(lines), timeout=30) as client:
         assert client.get("/ready").status_code == 200
@@ -126,6 +147,31 @@ def test_a_process_serves_and_drains(process):
         assert card["max_model_len"] == 128
         made = client.post("/tokenize", json={"prompt": "def main"}).json()
         assert made["count"] > 0
+        (kept,) = (cache / "prices").glob("*.json")
+        before = json.loads(kept.read_text())
+        body = {"prompt": "def main", "max_tokens": 60, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body).status_code == 200
         started.send_signal(signal.SIGTERM)
         assert started.wait(20) == 0
-    assert len(lines) == 1, lines
+    told, serving = lines
+    assert re.match(r"calibrated in \d+\.\d s: a pass by rows: 1 \S+ ms, 4 ", told)
+    assert serving.startswith("serving ")
+    after = json.loads(kept.read_text())
+    assert after["passes"]["num_timings"] > before["passes"]["num_timings"]
+
+
+def test_what_was_timed_is_told_in_one_line(llm, monkeypatch):
+    monkeypatch.setattr(llm, "calibrate", lambda budget_s: budget_s > 1)
+    told = command.calibrated(llm, 2.0)
+    assert told.startswith("calibrated in 0.0 s: a pass by rows: 1 ")
+    assert "4 drafted by draft_model: " in told
+    assert "\n" not in told
+    assert command.calibrated(llm, 0.5).startswith("prices known from an earlier start: ")
+
+
+@pytest.fixture
+def llm(model, draft):
+    """With prices of a few steps."""
+    llm = LLM(model, draft_model=draft)
+    llm.generate("def main", SamplingParams(max_tokens=20, ignore_eos=True))
+    return llm

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from outrider.bench.arms import INTERVAL, NUM_RESAMPLES
+from outrider.bench.statistics import INTERVAL, NUM_RESAMPLES
 from outrider.bench.workloads import Encoded
-from outrider.control.controller import FixedController
+from outrider.control.controller import Controller
 from outrider.draft.base import Composes, Drafter, ModelParts, Surroundings, Warmth
 from outrider.draft.drafters import Drafters
 from outrider.engine.resolve import resolve
@@ -34,7 +34,7 @@ from outrider.verify.sampled import walk
 PREDICTION = "prediction"
 WITHOUT_MODEL = {"datastore", PREDICTION, "drafters"}
 SAMPLING = SamplingParams(max_tokens=None)
-CONTROLLER = FixedController(sys.maxsize)
+CONTROLLER = Controller(sys.maxsize)
 NOTHING = torch.empty(0, 0)
 
 Columns: TypeAlias = NDArray[np.float64]
@@ -268,7 +268,7 @@ def _call(seq: Sequence, truth: Items[int], drafters: Drafters) -> Counts:
     drafted = time.process_time()
     start_at = seq.num_generated
     ahead = iter(truth[start_at : start_at + len(tree) + 1])
-    accepted, token, _ = walk(tree, lambda _: next(ahead, -1))
+    accepted, token, *_ = walk(tree, lambda _: next(ahead, -1))
     path = [*(tree.tokens[node] for node in accepted), *([token] if token >= 0 else [])]
     seq.tokens += path
     seq.num_cached = len(seq.tokens) - 1

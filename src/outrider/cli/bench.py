@@ -15,6 +15,14 @@ from rich.table import Table
 from outrider.bench.replay import Interval, Replayed, replay, wants_prediction, without_model
 from outrider.bench.workloads import MAX_PROMPT_TOKENS, SOURCES, Encoded, Encoder, available, load
 from outrider.cli import options
+from outrider.cli.bench_ab import ab_command
+from outrider.cli.bench_advise import advise_command
+from outrider.cli.bench_calibrate import calibrate_command
+from outrider.cli.bench_cost import cost_command
+from outrider.cli.bench_load import load_command
+from outrider.cli.bench_lossless import lossless_command
+from outrider.cli.bench_report import report_command
+from outrider.cli.bench_sweep import sweep_command
 from outrider.draft.drafters import Drafters
 from outrider.errors import ConfigError, OutriderError
 from outrider.models.hub import resolve
@@ -28,6 +36,16 @@ app = typer.Typer(no_args_is_help=True, help="Measure what speculation is worth.
 @app.callback()
 def bench() -> None:
     """Measure what speculation is worth."""
+
+
+app.command("ab")(ab_command)
+app.command("cost")(cost_command)
+app.command("lossless")(lossless_command)
+app.command("load")(load_command)
+app.command("report")(report_command)
+app.command("calibrate")(calibrate_command)
+app.command("sweep")(sweep_command)
+app.command("advise")(advise_command)
 
 
 @app.command("replay")

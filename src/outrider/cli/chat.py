@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import typer
 
 from outrider.cli import options
+from outrider.control.policies import DEFAULT
 from outrider.engine.llm import LLM
 from outrider.errors import RequestError
 from outrider.request import SamplingParams
@@ -17,6 +18,7 @@ def chat(
     model: options.Model,
     draft_model: options.DraftModel = None,
     speculation: options.SpeculationJSON = None,
+    policy: options.Policy = DEFAULT,
     system: str = typer.Option("", help="System message."),
     max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = 0.7,
@@ -28,6 +30,7 @@ def chat(
     quantization: options.Quantization = None,
     draft_quantization: options.DraftQuantization = None,
     datastore: options.Datastore = None,
+    drafter_settings: options.DrafterSettings = None,
     max_model_len: options.MaxModelLen = None,
     kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
 ) -> None:
@@ -45,6 +48,8 @@ def chat(
         quantization,
         draft_quantization,
         datastore,
+        drafter_settings,
+        policy,
         max_model_len=max_model_len,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
     )

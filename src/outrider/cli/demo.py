@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from outrider.bench.arms import Arm, Comparison, compare, num_calls
+from outrider.bench.ab import Measured, Plan, Progressed, measure
+from outrider.bench.inprocess import InProcess
+from outrider.bench.pairs import Pair, arms, pairs
+from outrider.bench.target import Arm, Question
 from outrider.cli import options
 from outrider.engine.llm import LLM
 from outrider.engine.prompts import Prompt
@@ -20,6 +24,7 @@ from outrider.request import SamplingParams, SpeculationParams
 from outrider.stream.events import Committed
 
 DRAFTED, OWN = "green", "bold yellow"
+PLAIN = "plain"
 SHOWN = 'def read_lines(path, encoding=\'utf-8\'):\n    """Return the lines of a file."""\n'
 PROMPTS: tuple[Prompt, ...] = (
     SHOWN,
@@ -53,20 +58,20 @@ def demo(
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     model = SpeculationParams(method="draft_model", num_draft_tokens=num_draft_tokens)
     show(console, llm, SHOWN, sampling, model)
-    arms = [
-        Arm(f"draft model, K={num_draft_tokens}", model),
-        Arm("n-gram, K=5", SpeculationParams(method="ngram", num_draft_tokens=5)),
-    ]
-    comparisons = measure(llm, arms, sampling)
-    console.print(table(comparisons))
+    ngram = SpeculationParams(method="ngram", num_draft_tokens=5)
+    measured = compare(
+        llm, {f"draft model, K={num_draft_tokens}": model, "n-gram, K=5": ngram}, sampling
+    )
+    console.print(table(measured))
     console.print(
-        "speed-up: geometric mean over prompts, with its 95 % bootstrap interval; plain and "
-        "speculative runs alternate (A B B A). acceptance: tokens per drafted step, the target's "
-        "own included. same: prompts whose tokens equal plain decoding in every run.",
+        "speed-up: of the time per token after the first, geometric mean over prompts, with its "
+        "95 % interval; runs alternate (A B B A), plain decoding also against itself. acceptance: "
+        "tokens per drafted step, the target's own included. same: prompts whose tokens equal "
+        "plain decoding in every run. `outrider bench ab` measures longer, and on your prompts.",
         style="dim",
     )
     if as_json is not None:
-        as_json.write_text(json.dumps([to_json(c) for c in comparisons], indent=2) + "\n")
+        as_json.write_text(json.dumps(to_json(measured), indent=2) + "\n")
 
 
 def show(
@@ -95,47 +100,77 @@ def show(
     )
 
 
-def measure(llm: LLM, arms: list[Arm], sampling: SamplingParams) -> list[Comparison]:
-    """Every arm against plain decoding, with a progress bar where somebody watches."""
-    plain = Arm("plain", SpeculationParams(method="off"))
+def compare(llm: LLM, asked: Mapping[str, SpeculationParams], sampling: SamplingParams) -> Measured:
+    """Every arm and plain decoding on each prompt, with a progress bar where somebody watches."""
+    plain = Arm(name=PLAIN, speculation=SpeculationParams(method="off"))
+    plan = Plan(
+        arms=(plain, *(Arm(name=name, speculation=each) for name, each in asked.items())),
+        questions=tuple(Question(id=str(i), prompt=prompt) for i, prompt in enumerate(PROMPTS)),
+        sampling=sampling,
+        num_rounds=1,
+        seed=sampling.seed or 0,
+    )
     err = Console(stderr=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("measuring", total=len(arms) * num_calls(len(PROMPTS)))
-        return [
-            compare(llm, PROMPTS, plain, arm, sampling, tick=lambda: progress.advance(task))
-            for arm in arms
-        ]
+        task = progress.add_task("measuring", total=len(PROMPTS))
+
+        def tick(at: Progressed) -> None:
+            progress.update(task, completed=at.num_blocks)
+
+        return measure(InProcess(llm), plan, tick=tick)
 
 
-def table(comparisons: list[Comparison]) -> Table:
+def table(measured: Measured) -> Table:
     found = Table(title="speculation against plain decoding", box=SIMPLE)
     found.add_column("", no_wrap=True)
     for name in ("tokens/s", "speed-up", "interval", "acceptance", "same"):
         found.add_column(name, justify="right", no_wrap=True)
-    found.add_row("plain decoding", f"{comparisons[0].tokens_per_second[0]:.0f}")
-    for c in comparisons:
+    plain, *others = arms(measured)
+    found.add_row("plain decoding", f"{plain['tokens_per_second']:.0f}")
+    for arm, pair in zip(others, _against_plain(measured), strict=True):
         found.add_row(
-            c.arm.name,
-            f"{c.tokens_per_second[1]:.0f}",
-            f"{c.speedup.ratio:.2f}x",
-            f"{c.speedup.low:.2f} to {c.speedup.high:.2f}",
-            f"{c.acceptance_length:.2f}",
-            f"{c.num_identical}/{c.speedup.num_prompts}",
+            pair.arm.name,
+            f"{arm['tokens_per_second']:.0f}",
+            f"{pair.ratio.ratio:.2f}x",
+            f"{pair.ratio.low:.2f} to {pair.ratio.high:.2f}",
+            f"{_acceptance_length(arm):.2f}",
+            f"{pair.num_identical}/{pair.num_prompts}",
         )
     return found
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "base": comparison.base.name,
-        "arm": comparison.arm.name,
-        "speculation": dataclasses.asdict(comparison.arm.speculation),
-        **dataclasses.asdict(comparison.speedup),
-        "verdict": comparison.speedup.verdict,
-        "tokens_per_second": comparison.tokens_per_second,
-        "acceptance_length": comparison.acceptance_length,
-        "num_identical": comparison.num_identical,
-    }
+def to_json(measured: Measured) -> list[dict[str, Any]]:
+    plain, *others = arms(measured)
+    return [
+        {
+            "base": pair.base.name,
+            "arm": pair.arm.name,
+            "speculation": _given(pair.arm),
+            "ratio": pair.ratio.ratio,
+            "low": pair.ratio.low,
+            "high": pair.ratio.high,
+            "null_interval": pair.null.interval,
+            "num_prompts": pair.num_prompts,
+            "verdict": pair.verdict,
+            "tokens_per_second": [plain["tokens_per_second"], arm["tokens_per_second"]],
+            "acceptance_length": _acceptance_length(arm),
+            "num_identical": pair.num_identical,
+        }
+        for arm, pair in zip(others, _against_plain(measured), strict=True)
+    ]
+
+
+def _against_plain(measured: Measured) -> list[Pair]:
+    return [pair for pair in pairs(measured) if pair.base.name == PLAIN]
+
+
+def _acceptance_length(arm: Mapping[str, Any]) -> float:
+    return float(arm["acceptance"]["acceptance_length"]) if "acceptance" in arm else 1.0
+
+
+def _given(arm: Arm) -> dict[str, Any]:
+    assert arm.speculation is not None
+    return dataclasses.asdict(arm.speculation)
 
 
 def _coloured(llm: LLM, event: Committed) -> Text:

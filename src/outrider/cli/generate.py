@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options
+from outrider.control.policies import DEFAULT
 from outrider.engine.outputs import Completion, RequestOutput
 from outrider.errors import RequestError
 from outrider.request import SamplingParams
@@ -17,6 +18,7 @@ def generate(
     model: options.Model,
     draft_model: options.DraftModel = None,
     speculation: options.SpeculationJSON = None,
+    policy: options.Policy = DEFAULT,
     prompt: Annotated[
         str | None, typer.Option(help='The prompt; "-" reads standard input.')
     ] = None,
@@ -56,6 +58,7 @@ def generate(
     quantization: options.Quantization = None,
     draft_quantization: options.DraftQuantization = None,
     datastore: options.Datastore = None,
+    drafter_settings: options.DrafterSettings = None,
     max_model_len: options.MaxModelLen = None,
     kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -88,6 +91,8 @@ def generate(
         quantization,
         draft_quantization,
         datastore,
+        drafter_settings,
+        policy,
         max_model_len=max_model_len,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
     )

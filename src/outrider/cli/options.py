@@ -7,10 +7,12 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from outrider.control.policies import DEFAULT
 from outrider.engine.llm import LLM
-from outrider.errors import RequestError
+from outrider.errors import ConfigError, RequestError, unknown
 from outrider.ops.choose import KERNELS
 from outrider.quant.schemes import SCHEMES
+from outrider.registry import POLICIES
 from outrider.request import SpeculationParams
 
 Model: TypeAlias = Annotated[
@@ -29,6 +31,13 @@ SpeculationJSON: TypeAlias = Annotated[
         "--speculation",
         help='"off", a method\'s name, or JSON such as '
         '\'{"method": "ngram", "num_speculative_tokens": 5}\'.',
+    ),
+]
+Policy: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="Who decides how far to draft where nothing says so: adaptive (as far as pays), "
+        "fixed, off, table, or a plug-in's name."
     ),
 ]
 MaxTokens: TypeAlias = Annotated[int, typer.Option(help="Most tokens to generate.")]
@@ -55,6 +64,12 @@ Datastore: TypeAlias = Annotated[
     str | None,
     typer.Option(help='Folder written by `outrider index build`, for method "rest".'),
 ]
+DrafterSettings: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help='What drafters are made with, as JSON: \'{"suffix": {"max_shared_tokens": 200000}}\'.',
+    ),
+]
 MaxModelLen: TypeAlias = Annotated[
     int | None, typer.Option(help="Longest prompt and answer, in tokens; the model's own if unset.")
 ]
@@ -72,6 +87,18 @@ def read_speculation(text: str | None) -> SpeculationParams:
         return SpeculationParams(method=text.strip())
     example = '{"method": "draft_model", "num_speculative_tokens": 4}'
     return SpeculationParams.from_dict(_read_object("--speculation", text, example))
+
+
+def check_policy(name: str) -> None:
+    """ConfigError where there is no such policy, before a model is loaded."""
+    if name not in POLICIES.names():
+        raise ConfigError(unknown("policy", name, POLICIES.names()))
+
+
+def read_drafter_settings(text: str | None) -> dict[str, Any]:
+    """By drafter, from a JSON object."""
+    example = '{"suffix": {"max_shared_tokens": 200000}}'
+    return {} if text is None else _read_object("--drafter-settings", text, example)
 
 
 def read_sampling(text: str | None, named: Collection[str]) -> dict[str, Any]:
@@ -117,6 +144,8 @@ def load(
     quantization: str | None,
     draft_quantization: str | None,
     datastore: str | None = None,
+    drafter_settings: str | None = None,
+    policy: str = DEFAULT,
     **engine: int | None,
 ) -> LLM:
     """The engine; a draft model named inside --speculation is loaded too, as vLLM's key does.
@@ -124,6 +153,7 @@ def load(
     Args:
         engine: fields of `EngineConfig`; None leaves the default.
     """
+    check_policy(policy)
     if speculation.model is not None and draft_model is None:
         draft_model = speculation.model
     given: dict[str, Any] = {name: value for name, value in engine.items() if value is not None}
@@ -137,6 +167,8 @@ def load(
         quantization=quantization,
         draft_quantization=draft_quantization,
         datastore=datastore,
+        drafter_settings=read_drafter_settings(drafter_settings),
+        policy=policy,
         **given,
     )
 

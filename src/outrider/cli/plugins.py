@@ -1,4 +1,4 @@
-"""`outrider plugins`: the drafters and verifiers that are there, built in or installed."""
+"""`outrider plugins`: drafters, verifiers and policies that are there, built in or installed."""
 
 import json
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from outrider.errors import ConfigError
-from outrider.registry import DRAFTERS, VERIFIERS, Registered, Registry
+from outrider.registry import DRAFTERS, POLICIES, VERIFIERS, Registered, Registry
 
 
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List drafters and verifiers."""
-    found = {"drafters": _drafters(), "verifiers": _verifiers()}
+    """List drafters, verifiers and policies."""
+    found = {"drafters": _drafters(), "verifiers": _verifiers(), "policies": _policies()}
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -46,6 +46,10 @@ def _verifiers() -> list[dict[str, Any]]:
         }
         for part, verifier in _loaded(VERIFIERS)
     ]
+
+
+def _policies() -> list[dict[str, Any]]:
+    return [{"name": part.name, "source": part.source} for part, _ in _loaded(POLICIES)]
 
 
 def _loaded(parts: Registry) -> Iterator[tuple[Registered, Any]]:

@@ -1,0 +1,1 @@
+"""What passes, drafts and the host cost here, and what that predicts."""

@@ -1,0 +1,1 @@
+"""Whether speculation leaves the output alone: tokens, laws, every draw of a sampled run."""

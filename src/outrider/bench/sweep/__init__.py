@@ -1,0 +1,1 @@
+"""Draft length by load: predicted, measured, and what follows from it."""
