@@ -9,11 +9,12 @@ import pytest
 
 from outrider.client import AsyncClient, Client, ClientError, Shown
 from outrider.client.stream import Reader
+from outrider.errors import ConfigError
 from outrider.serve.base import ServeConfig
 
 BODY = {"max_output_tokens": 24, "temperature": 0, "ignore_eos": True}
 EAGER = {"outrider": {"min_stability": 0.0, "max_updates_per_s": 100000}}
-BASE = "http://test"
+BASE = "http://localhost"
 FINAL = {"id": "r1", "status": "completed"}
 
 
@@ -191,7 +192,7 @@ def test_a_server_that_is_not_there_is_an_error():
 
 
 def test_calls_of_sessions_send_what_is_given():
-    client, requests = scripted(*[httpx.Response(200, json={})] * 7)
+    client, requests = scripted(*[httpx.Response(200, json={})] * 12)
     sessions = client.sessions
     sessions.create(token_ids=(1, 2), ttl_s=60)
     sessions.append("a/b", "hello", if_head="h")
@@ -200,20 +201,35 @@ def test_calls_of_sessions_send_what_is_given():
     sessions.snapshot("s", include=("kv",))
     sessions.get("s")
     sessions.delete("s")
+    sessions.list()
+    sessions.list(limit=2, after="1.5~s")
+    sessions.respond("s", "hello", if_head="h", max_output_tokens=3)
+    sessions.truncate("s", chars=7, response_id="r", if_head="h")
+    sessions.hint("s", "tool_wait")
     told = [
         (r.method, r.url.raw_path.decode(), json.loads(r.content) if r.content else None)
         for r in requests
     ]
     appended = {"input": "hello", "if_head": "h", "on_conflict": "error", "prefill": "lazy"}
+    answered = {
+        "input": "hello", "if_head": "h", "on_conflict": "error", "max_output_tokens": 3
+    }  # fmt: skip
     assert told == [
-        ("POST", "/v1/sessions", {"token_ids": [1, 2], "ttl_s": 60, "detach": "abort"}),
+        ("POST", "/v1/sessions", {"token_ids": [1, 2], "ttl_s": 60}),
         ("POST", "/v1/sessions/a%2Fb/append", appended),
         ("POST", "/v1/sessions/s/fork", {"at": 0, "n": 2}),
         ("POST", "/v1/sessions/s/rewind", {"to": 0, "drop": True}),
         ("POST", "/v1/sessions/s/snapshot", {"include": ["kv"]}),
         ("GET", "/v1/sessions/s", None),
         ("DELETE", "/v1/sessions/s", None),
+        ("GET", "/v1/sessions", None),
+        ("GET", "/v1/sessions?limit=2&after=1.5~s", None),
+        ("POST", "/v1/sessions/s/responses", answered),
+        ("POST", "/v1/sessions/s/truncate", {"chars": 7, "response_id": "r", "if_head": "h"}),
+        ("POST", "/v1/sessions/s/hint", {"event": "tool_wait"}),
     ]
+    with pytest.raises(ConfigError, match="stream_response"):
+        sessions.respond("s", "hello", stream=True)
 
 
 @pytest.fixture
@@ -269,6 +285,24 @@ async def test_sessions_from_beginning_to_end(client):
     with pytest.raises(ClientError, match="404") as raised:
         await sessions.get(name)
     assert raised.value.code == "not_found"
+
+
+async def test_answers_of_a_session_without_a_stream(client):
+    sessions = client.sessions
+    names = [(await sessions.create())["id"] for _ in range(3)]
+    first = await sessions.respond(names[0], "one", **BODY)
+    head = first["outrider"]["session"]["head"]
+    await sessions.respond(names[0], "two", if_head=head, **BODY)
+    with pytest.raises(ClientError) as raised:
+        await sessions.respond(names[0], "three", if_head=head, **BODY)
+    assert (raised.value.status, raised.value.code) == (409, "conflict")
+    now = (await sessions.get(names[0]))["n_tokens"]
+    assert (await sessions.truncate(names[0], tokens=1))["n_tokens"] < now
+    assert (await sessions.hint(names[0], "tool_wait"))["effect"] == "snapshot"
+    page = await sessions.list(limit=2)
+    rest = await sessions.list(limit=2, after=page["after"])
+    assert {each["id"] for each in page["data"] + rest["data"]} == set(names)
+    assert (page["has_more"], rest["has_more"]) == (True, False)
 
 
 class BreaksOnce(httpx.ASGITransport):

@@ -8,6 +8,7 @@ from outrider.serve import chat
 from outrider.serve.calls import Call, Reply, gather
 from outrider.serve.schemas_chat import ChatBody
 from outrider.stream.events import Committed, Tail
+from tests.serve.streams import Visit
 from tests.serve.wire import chunks, frames, put_together
 
 PATH = "/v1/chat/completions"
@@ -238,6 +239,10 @@ async def test_what_cannot_change_the_answer_is_ignored(client):
         ({"speculation": "nonsense"}, None, "unknown method"),
         ({"speculation": "off", "outrider": {"speculation": "off"}}, None, "give one"),
         ({"outrider": {"speculation": {"wdith": 2}}}, None, "did you mean 'width'"),
+        ({"presence_penalty": 1e300}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": -1e300}, "frequency_penalty", "greater than or equal to -2"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"logit_bias": {"5": 1e300}}, "logit_bias.5", "less than or equal to"),
         ({"logit_bias": {"99999": 1}}, None, "99999"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user"}]}, None, "content"),
@@ -275,6 +280,12 @@ async def test_half_a_surrogate_pair_is_refused(client):
         assert "surrogate" in response.json()["error"]["message"]
 
 
+async def test_settings_that_leave_no_token_are_the_requests_own_fault(client):
+    error = await refused(client, guided_grammar="root ::= root")
+    assert error["code"] == "generation_failed"
+    assert "loosen one of these settings" in error["message"]
+
+
 async def test_other_models_are_not_found(client):
     error = await refused(client, 404, model="gpt-99")
     assert error["code"] == "model_not_found"
@@ -292,13 +303,19 @@ async def test_keys_are_asked_for_and_give_the_tenant(serve):
 
 
 async def test_lossy_rules_are_labelled_and_can_be_forbidden(client, serve):
-    rule = {"method": "draft_model", "verifier": "typical"}
+    rule = {"method": "draft_model", "num_draft_tokens": 4, "verifier": "typical"}
     answer = await told(client, speculation=rule)
     made = answer["outrider"]["exactness"]
     assert (made["mode"], made["method"]) == ("lossy", "typical")
     assert made["params"]
     found = await streamed(client, speculation=rule)
-    assert found[0]["outrider"]["exactness"] == found[-1]["outrider"]["exactness"] == made
+    assert found[-1]["outrider"]["exactness"] == made
+    num_relaxed = made.pop("relaxed_tokens")
+    counts = answer["metrics"]["speculative_decoding"]
+    assert 0 < num_relaxed <= counts["num_accepted_draft_tokens"]
+    assert found[0]["outrider"]["exactness"] == made
+    page = (await client.get("/metrics")).text
+    assert f'verifier="typical"}} {float(2 * num_relaxed)}' in page
     strict = await serve(allow_lossy=False)
     error = await refused(strict, speculation=rule)
     assert "sampled" in error["message"]
@@ -326,6 +343,38 @@ async def test_metrics_have_vllms_names(client):
     assert (plain["mean_acceptance_length"], plain["num_draft_tokens"]) == (1.0, 0)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 2},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"logprobs": True},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+async def test_what_openai_refuses_beside_a_prediction(client, more):
+    error = await refused(client, prediction={"type": "content", "content": "so"}, **more)
+    assert error["param"] == next(iter(more))
+    assert "prediction" in error["message"]
+
+
+async def test_each_token_of_a_prediction_is_counted_once(client):
+    """However often it was drafted."""
+    text = (await told(client, temperature=0))["choices"][0]["message"]["content"]
+    halves = [text[: len(text) // 3], text[len(text) // 2 :]]  # what comes between is not foreseen
+    prediction = {"type": "content", "content": "".join(halves)}
+    drafted = {"num_draft_tokens": 8, "policy": "fixed", "width": 3, "method": "prediction"}
+    answer = await told(client, temperature=0, prediction=prediction, speculation=drafted)
+    details = answer["usage"]["completion_tokens_details"]
+    tokens = (await client.post("/tokenize", json={"prompt": prediction["content"]})).json()
+    accepted, drafted = details["accepted_prediction_tokens"], answer["timings"]
+    assert 0 < accepted == drafted["draft_n_accepted"] < tokens["count"]
+    assert details["rejected_prediction_tokens"] == tokens["count"] - accepted
+    assert drafted["draft_n"] > tokens["count"], "or this shows nothing"
+
+
 async def test_prediction_of_the_answer_is_accepted(client):
     text = (await told(client, temperature=0))["choices"][0]["message"]["content"]
     prediction = {"type": "content", "content": text}
@@ -333,9 +382,9 @@ async def test_prediction_of_the_answer_is_accepted(client):
     details = answer["usage"]["completion_tokens_details"]
     assert answer["choices"][0]["message"]["content"] == text
     assert details["accepted_prediction_tokens"] > 0
-    drafted = answer["metrics"]["speculative_decoding"]["num_draft_tokens"]
+    tokens = (await client.post("/tokenize", json={"prompt": text})).json()
     both = details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"]
-    assert both == drafted
+    assert both == tokens["count"]
     others = (await told(client))["usage"]["completion_tokens_details"]
     assert others["accepted_prediction_tokens"] == others["rejected_prediction_tokens"] == 0
 
@@ -521,3 +570,121 @@ async def test_a_model_without_template_says_so(client, llm):
 async def test_frames_carry_no_names(client):
     response = await ask(client, stream=True)
     assert all(frame.event is None for frame in frames(response))
+
+
+SAY = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+async def a_session(client, **fields):
+    found = await client.post("/v1/sessions", json=fields)
+    assert found.status_code == 200, found.text
+    return found.json()["id"]
+
+
+async def say(client, session, text="one", **fields):
+    messages = [{"role": "user", "content": text}]
+    outrider = {"session": session, **fields.pop("outrider", {})}
+    return await ask(client, **{**SAY, "messages": messages, "outrider": outrider, **fields})
+
+
+async def log_of(client, session):
+    sessions = client.app.state.server.sessions
+    found = await sessions.find("", session)
+    return list(await sessions.call(sessions.log.tokens, "", found.head))
+
+
+async def test_a_session_keeps_what_a_chat_says(client):
+    """The same log as by the Responses API, streamed or not; each turn brings what is new."""
+    chats, streams, by_responses = [await a_session(client) for _ in range(3)]
+    for text in ("one", "two"):
+        whole = (await say(client, chats, text)).json()
+        found = chunks(await say(client, streams, text, stream=True))
+        body = {"input": text, "conversation": by_responses, "max_output_tokens": 8}
+        body |= {"temperature": 0, "ignore_eos": True}
+        response = (await client.post("/v1/responses", json=body)).json()
+        assert put_together(found)[0].text == whole["choices"][0]["message"]["content"]
+        assert put_together(found)[0].text == response["output"][0]["content"][0]["text"]
+        report = whole["outrider"]["session"]
+        assert report.keys() == response["outrider"]["session"].keys()
+        assert found[-1]["outrider"]["session"].keys() == report.keys()
+        assert report["id"] == chats
+        assert report["head"] == (await client.get(f"/v1/sessions/{chats}")).json()["head"]
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    log = await log_of(client, chats)
+    assert log == await log_of(client, streams) == await log_of(client, by_responses)
+
+
+async def test_an_answer_of_a_chat_is_a_response_of_its_session(client):
+    session = await a_session(client)
+    one = (await say(client, session)).json()
+    kept = (await client.get(f"/v1/responses/{one['id']}")).json()
+    text = one["choices"][0]["message"]["content"]
+    assert kept["output"][0]["content"][0]["text"] == text
+    items = (await client.get(f"/v1/responses/{one['id']}/input_items")).json()["data"]
+    assert [item["content"] for item in items] == ["one"]
+    follow = {"previous_response_id": one["id"], "input": "two", "max_output_tokens": 4}
+    assert (await client.post("/v1/responses", json=follow)).status_code == 200
+    cut = await client.post(f"/v1/sessions/{session}/truncate",
+                            json={"response_id": one["id"], "tokens": 2})  # fmt: skip
+    assert cut.status_code == 409 or cut.json()["n_tokens"] > 0
+
+
+async def test_calls_in_a_session_are_read_and_answered(client, blanks):
+    session = await a_session(client)
+    tools = {"tools": TOOLS, "tool_choice": "required", "logit_bias": blanks, "max_tokens": 60}
+    tools |= {"parallel_tool_calls": False, "ignore_eos": False}
+    one = (await say(client, session, **tools)).json()
+    (call,) = one["choices"][0]["message"]["tool_calls"]
+    kept = (await client.get(f"/v1/responses/{one['id']}")).json()
+    assert kept["output"][0]["arguments"] == call["function"]["arguments"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "left it is"}
+    outrider = {"session": session}
+    two = await told(client, **{**SAY, "messages": [result], "outrider": outrider, "tools": TOOLS})
+    assert two["usage"]["prompt_tokens"] > one["usage"]["total_tokens"]
+
+
+async def test_the_settings_of_a_session_hold_for_chats(client):
+    session = await a_session(client, speculation={"policy": "ngram", "num_draft_tokens": 3})
+    one = (await say(client, session)).json()
+    assert one["metrics"]["speculative_decoding"]["num_spec_tokens"] == 3
+    two = (await say(client, session, speculation="off")).json()
+    assert two["metrics"]["speculative_decoding"]["num_spec_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "remedy"),
+    [
+        ({"outrider": {"session": "nowhere"}}, 404, "nowhere"),
+        ({"outrider": {"if_head": "head_1"}}, 409, "read it and send again"),
+        ({"n": 2}, 400, "fork it"),
+        ({"cache_salt": "a"}, 400, "drop it"),
+        ({"chat_template_kwargs": {"a": 1}}, 400, "drop it"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"speculation": "nonsense"}, 400, "unknown method"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_session_refuses_leaves_it_as_it_was(client, fields, status, remedy, stream):
+    session = await a_session(client, token_ids=[5, 6])
+    body = {**SAY, "stream": stream, **fields}
+    body["outrider"] = {"session": session, **fields.get("outrider", {})}
+    error = await refused(client, status=status, **body)
+    assert remedy in error["message"]
+    assert await log_of(client, session) == [5, 6]
+    await say(client, session, stream=stream)
+
+
+async def test_a_head_without_a_session_is_refused(client):
+    assert "outrider.session" in (await refused(client, outrider={"if_head": "h"}))["message"]
+
+
+async def test_a_client_that_leaves_leaves_its_session_as_it_was(client):
+    session = await a_session(client, token_ids=[5, 6])
+    body = {**ASK, "max_tokens": 900, "stream": True, "outrider": {"session": session}}
+    async with Visit(client.app, "POST", PATH, body) as visit:
+        await visit.take(3)
+        assert client.app.state.server.sessions.response_in(session) is not None
+    assert client.app.state.server.sessions.response_in(session) is None
+    assert await log_of(client, session) == [5, 6]
+    await say(client, session)

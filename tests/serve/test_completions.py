@@ -217,3 +217,24 @@ async def test_together_cancels_the_rest_of_a_failure():
     with pytest.raises(ValueError, match="no"):
         await together([waiting, failing()])
     assert waiting.cancelled()
+
+
+@pytest.mark.parametrize("speculation", ["off", "draft_model"])
+async def test_steps_are_told_on_request(client, speculation):
+    options = {"outrider": {"steps": True}}
+    fields = {"n": 2, "temperature": 0.8, "speculation": speculation}
+    found = await streamed(client, stream_options=options, **fields)
+    assert found[0]["outrider"]["stream"]["steps"] is True
+    told = {0: "", 1: ""}
+    for chunk in found:
+        if "step" in chunk.get("outrider", {}):
+            told[chunk["choices"][0]["index"]] += "".join(chunk["outrider"]["step"]["tokens"])
+    assert told == texts_of(found)
+    plain = await streamed(client, **fields)
+    assert texts_of(plain) == told
+    assert not any("step" in chunk.get("outrider", {}) for chunk in plain)
+
+
+async def test_an_answer_of_one_chunk_says_what_is_in_force(client):
+    (chunk,) = await streamed(client, max_tokens=1)
+    assert set(chunk["outrider"]) == {"stream", "exactness"}

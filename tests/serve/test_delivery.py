@@ -1,16 +1,42 @@
 """Delivery: committed events always arrive, in order; tails only to readers who keep up."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
 from outrider.request import SamplingParams
-from outrider.serve.delivery import delivered, frame, shown
+from outrider.serve.config import ServeConfig
+from outrider.serve.delivery import delivered, frame, shown, stream_options
+from outrider.serve.schemas_generation import OutriderStream
 from outrider.stream.events import Committed, Tail
 from outrider.stream.options import StreamOptions
+from outrider.stream.outbox import FAIR_SHARE, FellBehindError, Unread
 
 PROVISIONAL = StreamOptions(visibility="provisional", max_updates_per_s=1e6)
 SMOOTH = StreamOptions(pacing="smooth")
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "header", "expected"),
+    [
+        ("127.0.0.1", None, "", (False, "burst")),
+        ("0.0.0.0", None, "", (True, "smooth")),
+        ("0.0.0.0", None, "provisional", (True, "smooth")),
+        ("0.0.0.0", None, "pacing=burst", (True, "burst")),
+        ("0.0.0.0", {"outrider": {"visibility": "provisional"}}, "", (True, "smooth")),
+        ("0.0.0.0", {"outrider": {"pacing": "burst"}}, "", (True, "burst")),
+        ("0.0.0.0", {"include_obfuscation": False}, "", (False, "burst")),
+    ],
+)
+def test_where_others_may_watch_frames_tell_no_counts(host, asked, header, expected):
+    """I12: by their sizes or times."""
+    server = SimpleNamespace(config=ServeConfig(host=host))
+    made = None if asked is None else OutriderStream(**asked)
+    found = stream_options(server, made, header)
+    assert (found.pad, found.pacing) == expected
+
+
 ALL = [StreamOptions(), PROVISIONAL, SMOOTH]
 
 
@@ -36,9 +62,15 @@ async def source(items, closed, error=None):
         closed.append(True)
 
 
-async def read_into(found, events):
+async def read_into(found, events, num_pauses=0):
     async for event in events:
         found.append(event)  # what was read before a failure stays
+        await pause(num_pauses)
+
+
+async def pause(number):
+    for _ in range(number):
+        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("options", ALL, ids=["plain", "provisional", "smooth"])
@@ -83,6 +115,39 @@ async def test_leaving_early_closes_the_source(options):
     await anext(events)
     await events.aclose()
     assert closed == [True]
+
+
+async def test_a_reader_that_falls_behind_loses_its_stream():
+    """Others keep theirs, and the source is closed at once, not when the reader comes back."""
+    unread, closed, found = Unread(most=5), [], []
+    items = [commit(number) for number in range(1000)]
+    events = delivered(source(items, closed), StreamOptions(), unread)
+    found.append(await anext(events))
+    async with asyncio.timeout(5):
+        while not closed:
+            await asyncio.sleep(0)
+    assert unread.total == 0
+    with pytest.raises(FellBehindError):
+        await read_into(found, events)
+    assert found == items[:1]
+    other = delivered(source(items, []), StreamOptions(), unread)
+    assert [event async for event in other] == items
+
+
+async def test_all_together_have_a_bound_and_a_fair_share():
+    unread = Unread(most=10**6, most_of_all=2 * FAIR_SHARE)
+    items = [commit(number) for number in range(FAIR_SHARE - 1)]
+    streams = [delivered(source(items, []), StreamOptions(), unread) for _ in range(8)]
+    for stream in streams:
+        await anext(stream)
+    await pause(3 * FAIR_SHARE)
+    assert unread.total == 8 * (FAIR_SHARE - 2), "whoever has no more than its share keeps it"
+    long = delivered(source([commit(n) for n in range(1000)], []), StreamOptions(), unread)
+    with pytest.raises(FellBehindError):
+        await read_into([], long, num_pauses=2 * FAIR_SHARE)
+    for stream in streams:
+        assert len([event async for event in stream]) == FAIR_SHARE - 2
+    assert unread.total == 0
 
 
 def test_tails_are_for_free_text_only():

@@ -4,11 +4,19 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from pydantic import Field
 
-from outrider.errors import ConfigError, EngineError, PairError, RequestError, TokenizerError
+from outrider.errors import (
+    ConfigError,
+    EngineError,
+    PairError,
+    RequestError,
+    SessionStorageError,
+    TokenizerError,
+)
 from outrider.serve import errors
-from outrider.serve.base import Body
+from outrider.serve.base import Body, ServeConfig
 from outrider.serve.door import Door
 from outrider.serve.errors import ApiError, as_api_error
+from outrider.stream.outbox import FellBehindError
 from tests.serve.conftest import client_of
 
 router = APIRouter()
@@ -19,6 +27,8 @@ RAISED = {
     "config": ConfigError("unknown verifier 'smapled'"),
     "tokenizer": TokenizerError("there is no chat template"),
     "engine": EngineError("the engine was closed"),
+    "storage": SessionStorageError("session log '/where/it/lies': database or disk is full"),
+    "behind": FellBehindError(),
     "bug": KeyError("secret-of-ours"),
 }
 
@@ -50,7 +60,7 @@ async def client():
     app = FastAPI()
     errors.install(app)
     app.include_router(router)
-    app.add_middleware(Door, max_body_bytes=100)
+    app.add_middleware(Door, config=ServeConfig(max_body_bytes=100))
     async with client_of(app) as client:
         yield client
 
@@ -64,6 +74,8 @@ async def client():
         ("config", 400, "invalid_request_error", None, None),
         ("tokenizer", 400, "invalid_request_error", None, None),
         ("engine", 503, "server_error", "engine_failed", None),
+        ("storage", 503, "server_error", "storage_failed", None),
+        ("behind", 408, "invalid_request_error", "fell_behind", None),
         ("bug", 500, "server_error", "internal_error", None),
     ],
 )
@@ -142,3 +154,10 @@ def test_an_error_is_its_own_picture():
     error = ApiError(404, "no", code="gone")
     assert as_api_error(error) is error
     assert error.type == "not_found_error"
+
+
+async def test_storage_that_fails_tells_no_path(client, caplog):
+    response = await client.get("/raise/storage")
+    assert response.headers["retry-after"] == "5"
+    assert "/where" not in response.text
+    assert "/where/it/lies" in caplog.text

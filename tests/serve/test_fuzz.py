@@ -22,6 +22,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": {**MESSAGE, "stop_sequences": ["x"]},
     "/v1/messages/count_tokens": {"messages": MESSAGES},
     "/v1/responses": {**RESPONSE, "tools": [{"type": "function", **TOOL}]},
+    "/v1/responses/{response_id}/accept": {"chars": 1},
     "/v1/sessions": {"token_ids": [5, 6], "ttl_s": 60},
     "/v1/sessions/{session_id}/append": {"input": "the quick"},
     "/v1/sessions/{session_id}/responses": RESPONSE,
@@ -136,7 +137,7 @@ async def survive(client, path, num_bodies):
     session = (await client.post("/v1/sessions", json={"token_ids": [5, 6, 7]})).json()["id"]
     said = await client.post(f"/v1/sessions/{session}/responses", json=RESPONSE)
     assert said.status_code == 200, said.text
-    url = path.replace("{session_id}", session)
+    url = path.format(session_id=session, response_id=said.json()["id"])
     await bombard(client, path, url, num_bodies)
     assert (await client.get("/health")).status_code == 200
     assert await text_of(client) == before

@@ -1,11 +1,13 @@
 """/v1/messages: Anthropic's shapes, its events in order, its errors; streamed equal to whole."""
 
 import json
+from copy import deepcopy
 
 import pytest
 
 from outrider.serve import messages
 from outrider.serve.schemas_messages import MessagesBody
+from outrider.serve.steps import Steps
 from outrider.stream.events import Committed, RequestMetrics, Tail
 from tests.serve.wire import frames
 
@@ -214,15 +216,36 @@ async def test_blocks_open_and_close_in_order_whatever_the_commits(client):
         assert found["stop_reason"] == "tool_use"
 
 
+async def test_each_step_is_told_once_and_in_order(client):
+    """Also those whose text is held back, for it may begin a call, and those of a call."""
+    body = MessagesBody(**{**ASK, "tools": TOOLS, "stream": True})
+    server = client.app.state.server
+    turn = messages.turn_of(server, body, "", "verified; steps=true")
+    for text in (f"Sure. {CALL} Then {CALL}", "", "<tool_call>", "Sure."):
+        parts = ["", *(text[at : at + 4] for at in range(0, len(text), 4)), ""]
+        commits = [Committed("r", 0, i, (40 + i,), part) for i, part in enumerate(parts)]
+        commits[-1] = commits[-1]._replace(finish_reason="stop", metrics=RequestMetrics())
+        writer = messages.Writer(server, turn)
+        found = [data for commit in commits for data in writer.take(commit)]
+        put_together(deepcopy(found))
+        steps = [event["outrider"]["step"] for event in found[1:-2] if "outrider" in event]
+        steps += found[-2]["outrider"].get("steps", [])
+        detail = Steps(server.tokenizer, turn.ask.prompt).detail
+        assert steps == [detail(commit) for commit in commits]
+
+
 async def test_shape_of_a_tail(client):
     body = MessagesBody(**{**ASK, "stream": True})
     server = client.app.state.server
     turn = messages.turn_of(server, body, "", "provisional")
     tail = Tail(
-        request_id="r", index=0, token_ids=(5, 6), text=" is", committed_chars=0,
+        request_id="r", index=0, token_ids=(5, 6), text=" is", committed_chars=1,
         stability=0.9, source="draft", version=1,
     )  # fmt: skip
-    start, opened, told_tail = [*messages.Writer(server, turn).take(tail)]
+    writer = messages.Writer(server, turn)
+    (start,) = writer.take(tail)  # no text yet that it could continue
+    opened, _ = writer.take(Committed("r", text="a"))
+    (told_tail,) = writer.take(tail)
     assert start["message"]["outrider"]["stream"]["visibility"] == "provisional"
     assert opened["type"] == "content_block_start"
     assert told_tail["type"] == "outrider_tail"

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import math
 import re
 from contextlib import aclosing
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from outrider import SamplingParams, SpeculationParams
@@ -14,6 +15,7 @@ from outrider.serve.errors import ApiError
 from outrider.serve.gate import Gate
 from outrider.serve.generation import Ask, generate, whole
 from outrider.serve.metrics import Metrics
+from outrider.serve.tally import INTER_TOKEN_S, Buckets, Families
 from outrider.stream.events import Committed, RequestMetrics
 
 DRAFTED = SpeculationParams(method="draft_model", num_draft_tokens=3)
@@ -170,6 +172,68 @@ async def test_prefix_hits(client):
         )
         assert 0 < hits < queries <= 140
     assert found["vllm:prompt_tokens_cached_total", ()] == hits
+
+
+async def test_depths_of_drafts_and_times_of_steps(client, llm):
+    before = await samples(client)
+    server = client.app.state.server
+    events = await events_of(server, "a")
+    plain = Ask(prompt=(5, 9), sampling=SAMPLING, speculation=SpeculationParams(method="off"))
+    events += [event async for event in generate(server, plain, "b")]
+    found = await samples(client)
+    steps = [event for event in events if event.token_ids]
+    for depth in range(4):
+        name = ("outrider_spec_depth_total", (("depth", str(depth)),))
+        expected = sum(event.num_drafted == depth for event in steps)  # chains
+        assert found.get(name, 0) - before.get(name, 0) == expected
+    for part in ("draft", "forward", "rest"):
+        name = ("outrider_step_seconds_total", (("part", part),))
+        assert found[name] > before.get(name, 0)
+
+
+async def test_what_the_adaptive_policy_makes_of_it(client):
+    server = client.app.state.server
+    asked = SpeculationParams(method="draft_model", policy="adaptive")
+    policy = (("policy", "adaptive"),)
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    await whole(server, Ask(prompt=(5, 9), sampling=sampling, speculation=asked), "a")
+    found = await samples(client)
+    told = (await client.get("/debug/controller")).json()["policies"]["adaptive"]
+    speedup = told["expected_tokens_per_s"] / told["plain_tokens_per_s"]
+    assert found["outrider_controller_expected_speedup", policy] == pytest.approx(speedup)
+    assert found["outrider_controller_shut_total", policy] == told["guard"]["times_shut"]
+    advantage = found["outrider_controller_advantage", policy]
+    if told["guard"]["advantage"] is None:
+        assert math.isnan(advantage)
+    else:
+        assert advantage == pytest.approx(told["guard"]["advantage"])
+
+
+def test_a_value_on_a_bound_lies_below_it():
+    buckets = Buckets((1.0, 2.0))
+    for seconds in (0.5, 1.0, 1.5, 2.0, 7.0):
+        buckets.observe(seconds)
+    buckets.observe(1.5, times=3)
+    assert buckets.counts == [2, 5, 1]
+    assert buckets.sum == pytest.approx(16.5)
+
+
+@pytest.mark.parametrize("seconds", [0.0004, 0.001, 0.0037, 0.2, 79.9, 81.0])
+def test_histograms_are_those_of_the_library(seconds):
+    """The slow twin: prometheus_client's own histogram, one observation per token."""
+    registry = CollectorRegistry()
+    theirs = Histogram("x", "x", ["model_name"], registry=registry, buckets=INTER_TOKEN_S)
+    ours = Buckets(INTER_TOKEN_S)
+    for times in (1, 3):
+        ours.observe(seconds, times)
+        for _ in range(times):
+            theirs.labels("m").observe(seconds)
+    family = Families("", {"model_name": "m"}).histogram("x", "x", ours)
+    (twin,) = registry.collect()
+    for mine in family.samples:
+        same = next(s for s in twin.samples if (s.name, s.labels) == (mine.name, mine.labels))
+        assert mine.value == pytest.approx(same.value)
+    assert len(family.samples) == len(INTER_TOKEN_S) + 3
 
 
 async def test_names_that_dashboards_know(client):

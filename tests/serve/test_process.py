@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 
 import httpx
 import pytest
@@ -113,7 +114,7 @@ async def test_a_client_that_hangs_up_ends_the_work(llm, path):
         gate = running.server.gate
         url = running.client.base_url
         reader, writer = await asyncio.open_connection(url.host, url.port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         await until(lambda: gate.num_running == 1)
         writer.close()
         await until(lambda: gate.num_running == 0)
@@ -126,10 +127,27 @@ async def test_half_a_request_harms_nobody(llm):
     async with Running(llm, drain_s=0) as running:
         url = running.client.base_url
         _, writer = await asyncio.open_connection(url.host, url.port)
-        writer.write(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        writer.write(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         await writer.drain()
         writer.close()
         assert (await running.client.get("/ready")).status_code == 200
+
+
+async def test_small_frames_do_not_wait_for_each_other(llm):
+    """Nagle's algorithm would hold each one back until the one before is acknowledged."""
+    async with Running(llm, drain_s=0) as running:
+        assert (await running.client.get("/ready")).status_code == 200
+        (connection,) = running.process.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_a_folder_that_is_in_use(llm, tmp_path, caplog):
+    async with Running(llm, drain_s=0, state_dir=tmp_path):
+        app = create_app(AsyncLLM(llm), ServeConfig(port=0, state_dir=tmp_path))
+        with pytest.raises(ConfigError, match=str(tmp_path)):
+            await Process(app, print).serve_in_loop()
+        assert "Traceback" not in caplog.text
 
 
 async def test_an_address_that_is_not_ours(llm):

@@ -4,12 +4,23 @@ import asyncio
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import TypeAdapter
 
-from outrider import LLM
-from outrider.serve import response_service
+from outrider import LLM, AsyncLLM
+from outrider.errors import EngineError
+from outrider.request import Speculation
+from outrider.serve import response_run
+from outrider.serve.app import create_app
+from outrider.serve.base import ServeConfig
+from outrider.serve.errors import ApiError
+from outrider.serve.response_events import ResponseWriter, Rewrite
+from outrider.serve.response_service import TERMINAL
 from outrider.serve.ring import RingLimits, Rings
+from outrider.serve.tools import Tool, ToolUse
+from outrider.serve.turns import Turn
 from outrider.stream.events import Committed, RequestMetrics, Tail
+from tests.serve.conftest import client_of
 from tests.serve.streams import Visit, parse
 
 MAX = 24
@@ -50,6 +61,11 @@ def text_of_events(events):
 
 def without_repeats(names):
     return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+
+
+def sessions_of(client):
+    """All of them, those that clients do not see among them."""
+    return client.app.state.server.sessions.log.list("").sessions
 
 
 def prompt_of(llm: LLM, text):
@@ -131,7 +147,7 @@ async def test_streamed_and_whole_are_the_same_response(client):
 def scripted(events, pause_s=0.1):
     """An engine that says what it is told to."""
 
-    async def generate(server, ask, request_id):
+    async def generate(server, ask, request_id, **_):
         for event in events:
             await asyncio.sleep(pause_s)
             yield event
@@ -180,7 +196,7 @@ PROVISIONAL = {"stream": True, "stream_options": {"outrider": {"visibility": "pr
 
 
 async def test_the_transcript_of_the_design(client, monkeypatch):
-    monkeypatch.setattr(response_service, "generate", scripted(TRANSCRIPT))
+    monkeypatch.setattr(response_run, "generate", scripted(TRANSCRIPT))
     found = await client.post("/v1/responses", json={**BODY, **PROVISIONAL, "background": True})
     events = parse(found.text)
     told = [
@@ -296,16 +312,148 @@ async def test_a_client_that_leaves_ends_its_response(client):
     assert server.llm.engine.stats.num_generated_tokens - before < 190
 
 
+async def idle(client):
+    """Nothing is being made, and nothing begun is left open."""
+    sessions = client.app.state.server.sessions
+    async with asyncio.timeout(10):
+        while sessions.service.runs._live or client.app.state.server.gate.num_running:
+            await asyncio.sleep(0.01)
+    assert sessions.log.turns.unfinished() == ()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_leaves_nothing_behind(client, stream):
+    """Neither the session that was made for its response nor a row that nobody asks for."""
+    runs = client.app.state.server.sessions.service.runs
+    async with Visit(client.app, "POST", "/v1/responses", {**LONG, "stream": stream}) as visit:
+        async with asyncio.timeout(10):
+            while not any(len(live.ring) > 8 for live in runs._live.values()):
+                await asyncio.sleep(0.001)
+        (name,) = runs._live
+    assert visit.status in (0, 200)
+    await idle(client)
+    assert (await client.get(f"/v1/responses/{name}")).status_code == 404
+    assert sessions_of(client) == ()
+    assert client.app.state.server.sessions.responses.unfinished() == []
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_whoever_listens_in_and_leaves_ends_nothing(client, stream):
+    """The client that asked for the response is one of those it is made for."""
+    runs = client.app.state.server.sessions.service.runs
+    body = {**LONG, "stream": stream}
+    async with Visit(client.app, "POST", "/v1/responses", body) as owner:
+        async with asyncio.timeout(10):
+            while not any(len(live.ring) > 2 for live in runs._live.values()):
+                await asyncio.sleep(0.001)
+        (name,) = runs._live
+        async with Visit(client.app, "GET", f"/v1/responses/{name}?stream=true") as guest:
+            assert len(await guest.take(4)) == 4
+        await asyncio.sleep(0)
+        assert name in runs._live
+        await owner._task
+    assert (await client.get(f"/v1/responses/{name}")).json()["usage"]["output_tokens"] == 200
+
+
+async def test_what_has_failed_is_told_in_the_status(client, monkeypatch):
+    """As in every other dialect; in a stream that has begun it is the last event."""
+
+    async def generate(server, ask, request_id, **_):
+        yield Committed("r", 0, 0, (5,), "The")
+        raise ApiError(504, "the request took too long", code="timeout")
+
+    monkeypatch.setattr(response_run, "generate", generate)
+    told = await post(client, BODY, 504)
+    assert told["error"]["code"] == "timeout"
+    assert sessions_of(client) == ()
+    events = parse((await client.post("/v1/responses", json={**BODY, "stream": True})).text)
+    failed = events[-1].data["response"]
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "timeout")
+
+
+@pytest.mark.parametrize("broken", ["report", "finish"])
+async def test_what_goes_wrong_behind_the_commit_fails_nothing(client, monkeypatch, broken):
+    """The tokens are in the session: the response is complete, and told so once."""
+    sessions = client.app.state.server.sessions
+    original = getattr(sessions, broken)
+
+    def report(*_):
+        raise RuntimeError("unforeseen")
+
+    async def finish(*args):
+        await original(*args)
+        raise EngineError("the canary found the engine broken")
+
+    monkeypatch.setattr(sessions, broken, {"report": report, "finish": finish}[broken])
+    events = parse((await client.post("/v1/responses", json={**BODY, "stream": True})).text)
+    ends = [event for event in events if event.event in TERMINAL]
+    assert [event.event for event in ends] == ["response.incomplete"]
+    response = ends[0].data["response"]
+    assert (await client.get(f"/v1/responses/{response['id']}")).json() == response
+    assert response["usage"]["output_tokens"] == MAX
+    head = sessions.log.head_of_response("", response["id"])
+    assert response["outrider"]["session"]["head"] == head.id
+
+
+async def test_a_reader_of_the_last_event_that_leaves_hears_no_other(client, monkeypatch):
+    """The answer is complete, though the engine has not let go of it yet."""
+
+    async def generate(server, ask, request_id, **_):
+        metrics = RequestMetrics(num_generated_tokens=1)
+        yield Committed("r", 0, 0, (5,), "The", finish_reason="stop", metrics=metrics)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(response_run, "generate", generate)
+    async with Visit(client.app, "POST", "/v1/responses", {**BODY, "stream": True}) as visit:
+        events = await visit.take(9)
+    final = events[-1].data["response"]
+    assert final["status"] == "completed"
+    await idle(client)
+    assert (await client.get(f"/v1/responses/{final['id']}")).json() == final
+    told = parse((await client.get(f"/v1/responses/{final['id']}?stream=true")).text)
+    assert told == events
+
+
+async def test_a_background_response_passes_the_gate_before_it_is_promised(serve):
+    client = await serve(max_concurrent=1, max_waiting=1)
+    body = {**LONG, "background": True}
+    first, second = await post(client, body), await post(client, body)
+    assert (first["status"], second["status"]) == ("queued", "queued"), "it may wait"
+    told = await client.post("/v1/responses", json=body)
+    assert (told.status_code, told.json()["error"]["code"]) == (429, "queue_full")
+    assert "retry-after" in told.headers
+    assert len(sessions_of(client)) == 2
+    burst = [client.post("/v1/responses", json=body) for _ in range(5)]
+    assert {found.status_code for found in await asyncio.gather(*burst)} == {429}
+    for each in (first, second):
+        await post(client, {}, path=f"/v1/responses/{each['id']}/cancel")
+    await idle(client)
+
+
+@pytest.mark.parametrize("body", [{"background": True}, {"conversation": "c"}, {}])
+async def test_a_server_that_drains_takes_nothing_new(client, body):
+    """Nor does it leave anybody waiting, or anything begun."""
+    await post(client, {"conversation": "c", "detach": "continue"}, path="/v1/sessions")
+    client.app.state.server.gate.drain()
+    async with asyncio.timeout(10):
+        told = await post(client, {**BODY, **body}, 503)
+    assert told["error"]["code"] == "draining"
+    await idle(client)
+    assert len(sessions_of(client)) == 1
+    (session,) = sessions_of(client)
+    assert client.app.state.server.sessions.response_in(session.id) is None
+
+
 async def test_past_the_ring_410_with_the_final_object(client):
     service = client.app.state.server.sessions.service
-    service.rings = Rings(RingLimits(max_events=4))
+    service.runs.rings = Rings(RingLimits(max_events=4))
     final = await post(client, BODY)
     path = f"/v1/responses/{final['id']}?stream=true&starting_after=0"
     gone = await client.get(path)
     assert gone.status_code == 410
     assert gone.json()["error"]["code"] == "events_gone"
     assert gone.json()["response"] == final
-    service.rings.drop(final["id"])
+    service.runs.rings.drop(final["id"])
     assert (await client.get(path)).json()["response"] == final
 
 
@@ -378,11 +526,12 @@ async def test_what_is_not_stored_cannot_be_asked_for(client):
     follow = {**BODY, "previous_response_id": found["id"]}
     told = await post(client, follow, 404)
     assert told["error"]["code"] == "response_not_found"
-    assert (await client.get("/v1/sessions")).json()["data"] == []
+    assert sessions_of(client) == ()
     stored = await post(client, BODY)
     more = await post(client, {**BODY, "store": False, "previous_response_id": stored["id"]})
     assert more["usage"]["input_tokens"] > stored["usage"]["total_tokens"]
-    assert len((await client.get("/v1/sessions")).json()["data"]) == 1
+    assert len(sessions_of(client)) == 1
+    assert (await client.get("/v1/sessions")).json()["data"] == [], "nobody asked for one"
 
 
 async def test_deleting_forgets_the_response_and_its_tokens(client):
@@ -392,7 +541,21 @@ async def test_deleting_forgets_the_response_and_its_tokens(client):
     assert (await client.get(path)).status_code == 404
     assert (await client.get(f"{path}?stream=true")).status_code == 404
     assert (await client.delete(path)).status_code == 404
-    assert (await client.get("/v1/sessions")).json()["data"] == []
+    assert sessions_of(client) == ()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_what_is_no_number_is_refused(client, number):
+    """A response tells its tools again, and such a thing could not be told."""
+    schema = f'{{"type": "object", "properties": {{"a": {{"enum": [1, {number}]}}}}}}'
+    tools = f'[{{"type": "function", "name": "f", "parameters": {schema}}}]'
+    told = await client.post(
+        "/v1/responses",
+        content=f'{{"input": "a", "max_output_tokens": 1, "tools": {tools}}}',
+        headers={"content-type": "application/json"},
+    )
+    assert told.status_code == 400
+    assert told.json()["error"]["param"] == "tools"
 
 
 async def test_input_items(client):
@@ -468,7 +631,7 @@ async def test_logprobs(client):
         ({"include": ["file_search_call.results"]}, "include"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "must be message"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
-        ({"input": []}, "input is empty"),
+        ({"input": []}, "say something"),
         ({"tools": [{"type": "web_search"}]}, "only functions"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
@@ -484,7 +647,7 @@ async def test_logprobs(client):
 async def test_what_cannot_be_honoured_is_refused_and_leaves_nothing(client, body, match):
     told = await post(client, {**BODY, **body}, 400)
     assert match in told["error"]["message"]
-    assert (await client.get("/v1/sessions")).json()["data"] == []
+    assert sessions_of(client) == ()
 
 
 async def test_a_refusal_of_the_engine_has_its_status_and_leaves_nothing(client):
@@ -492,7 +655,7 @@ async def test_a_refusal_of_the_engine_has_its_status_and_leaves_nothing(client)
     for more in ({}, {"stream": True}):
         told = await post(client, {**body, **more}, 400)
         assert "max_model_len" in told["error"]["message"]
-    assert (await client.get("/v1/sessions")).json()["data"] == []
+    assert sessions_of(client) == ()
     assert client.app.state.server.sessions.log.turns.unfinished() == ()
 
 
@@ -507,11 +670,11 @@ async def test_a_full_queue_is_429_and_leaves_nothing(serve):
 
 
 async def test_an_engine_that_fails_ends_the_stream_as_failed(client, monkeypatch):
-    async def generate(server, ask, request_id):
+    async def generate(server, ask, request_id, **_):
         yield Committed("r", 0, 0, (5,), "The")
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr(response_service, "generate", generate)
+    monkeypatch.setattr(response_run, "generate", generate)
     events = parse((await client.post("/v1/responses", json={**BODY, "stream": True})).text)
     assert [event.event for event in events][-3:] == [
         "response.content_part.done",
@@ -529,8 +692,6 @@ async def test_steps_of_an_answer_are_told_on_request(client):
     found = await client.post(
         "/v1/responses", json={**BODY, "stream": True, "stream_options": options}
     )
-    if found.status_code == 400:
-        pytest.skip("this version does not tell of steps")
     steps = [
         event.data["outrider"]["step"] for event in parse(found.text) if "outrider" in event.data
     ]
@@ -551,3 +712,246 @@ async def test_two_tenants_do_not_see_each_others_responses(serve):
         assert (await call(path, headers=theirs)).status_code == 404
     follow = {**BODY, "previous_response_id": found["id"]}
     await post(client, follow, 404, **theirs)
+
+
+def written(texts, tools=(), status="completed"):
+    """Events of an answer in these commits, each with a step; texts "" are held back."""
+    use = ToolUse(tools=tools, choice="auto" if tools else "none")
+    turn = Turn(id="resp_a", ask=None, speculation=Speculation(), tool_use=use)
+    events = []
+    writer = ResponseWriter(
+        {"id": "resp_a", "output": []},
+        lambda event: events.append(json.loads(json.dumps(event))),
+        pieces=turn.pieces().take,
+        step=lambda event: {"tokens": [str(event.offset)], "accepted": 1},
+    )
+    for place, text in enumerate(texts):
+        last = "stop" if place == len(texts) - 1 else None
+        writer.take(Committed("r", 0, place, (5,), text, finish_reason=last))
+    writer.close(status, {})
+    return events
+
+
+def steps_in(events):
+    """Token texts of the steps that come with deltas, and of those that come at the end."""
+    told = [e["outrider"]["step"]["tokens"][0] for e in events if "delta" in e and "outrider" in e]
+    return told, [step["tokens"][0] for step in events[-1].get("outrider", {}).get("steps", [])]
+
+
+CALLING = [
+    "",
+    "So. <tool",
+    '_call>{"name":',
+    ' "f", "argu',
+    'ments": {"a"',
+    "",
+    ": 1}}</tool_",
+    "call>",
+]
+
+
+@pytest.mark.parametrize("tools", [(), (Tool("f"),)])
+@pytest.mark.parametrize(
+    "texts", [["", "", "a", "", "b", ""], ["", ""], [""], ["<tool_call>", "{", ""], CALLING]
+)
+def test_each_step_is_told_once_and_in_order(texts, tools):
+    events = written(texts, tools)
+    assert steps_in(events) == ([str(place) for place in range(len(texts))], [])
+    kinds = {"message": "output_text", "function_call": "function_call_arguments"}
+    for item in events[-1]["response"]["output"]:
+        mine = [e for e in events if e.get("item_id") == item["id"] and "delta" in e]
+        assert {e["type"] for e in mine} == {f"response.{kinds[item['type']]}.delta"}
+        told = item["arguments"] if "arguments" in item else item["content"][0]["text"]
+        assert "".join(e["delta"] for e in mine) == told
+
+
+def test_steps_of_an_answer_that_says_nothing_come_at_its_end():
+    events = written(["", ""], status="incomplete")
+    assert steps_in(events) == ([], ["0", "1"])
+    assert events[-1]["response"]["output"] == []
+
+
+@given(st.integers(0, 12), st.integers(1, 3), st.integers(1, 3))
+def test_an_answer_made_again_tells_each_step_once(num_told, size, again):
+    """Other portions, the same tokens: what was told stands, and the rest follows it."""
+
+    def deltas(size):
+        for at in range(0, 12, size):
+            tokens = list("abcdefghijkl"[at : at + size])
+            step = {"tokens": tokens, "accepted": size - 1, "num_drafted": 3}
+            yield {
+                "type": "d",
+                "item_id": "m",
+                "delta": "".join(tokens),
+                "outrider": {"step": step},
+            }
+
+    told = [*deltas(size)][: num_told // size]
+    rewrite = Rewrite(told, told.append)
+    for event in deltas(again):
+        rewrite(event)
+    steps = [event["outrider"]["step"] for event in told]
+    assert "".join(token for step in steps for token in step["tokens"]) == "abcdefghijkl"
+    assert "".join(event["delta"] for event in told) == "abcdefghijkl"
+    assert all(0 <= step["accepted"] <= len(step["tokens"]) for step in steps)
+
+
+def answer_of(*texts):
+    """Events of messages that say these."""
+    events = []
+    for place, text in enumerate(texts):
+        item = {"id": f"m{place}", "type": "message", "content": []}
+        at = {"item_id": item["id"], "output_index": place}
+        part = {"text": "", "logprobs": []}
+        events.append({"type": "response.output_item.added", "output_index": place, "item": item})
+        events.append({"type": "response.content_part.added", **at, "part": part})
+        for char in text:
+            delta = {"delta": char, "logprobs": []}
+            events.append({"type": "response.output_text.delta", **at, **delta})
+        events.append({"type": "response.output_text.done", **at, "text": text})
+        done = {**item, "content": [{"text": text, "logprobs": []}]}
+        events.append({"type": "response.output_item.done", "output_index": place, "item": done})
+    return json.loads(json.dumps(events))
+
+
+def retold(told, again):
+    """The events of a stream whose answer is made again, to its end or its failure."""
+    events = list(told)
+    rewrite = Rewrite(told, lambda event: events.append(json.loads(json.dumps(event))))
+    response = {"output": ["whatever was made"]}
+    try:
+        for event in again:
+            rewrite(event)
+        rewrite.end()
+    except ApiError:
+        rewrite({"type": "response.failed", "response": response})
+    return events
+
+
+@given(
+    texts=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    others=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_two_answers_are_never_told_as_one(texts, others, data):
+    """What is made again either goes on from what was told, or fails with what was told."""
+    whole, other = answer_of(*texts), answer_of(*others)
+    num_told = data.draw(st.integers(0, len(whole)))
+    told = whole[:num_told]
+    assert retold(told, answer_of(*texts)) == whole
+    events = retold(told, other)
+    if other[:num_told] == told:
+        assert events == other
+        return
+    assert events[:-1] == told, "nothing of the other answer"
+    assert events[-1]["type"] == "response.failed"
+    said = "".join(event["delta"] for event in told if "delta" in event)
+    output = events[-1]["response"]["output"]
+    assert "".join(part["text"] for item in output for part in item["content"]) == said
+
+
+def growing(texts, gate):
+    """An engine that says these, one each time the gate opens."""
+
+    async def generate(server, ask, request_id, **_):
+        for place, text in enumerate(texts):
+            await gate.acquire()
+            last = "stop" if place == len(texts) - 1 else None
+            metrics = RequestMetrics() if last else None
+            yield Committed("r", 0, place, (5,), text, finish_reason=last, metrics=metrics)
+
+    return generate
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(texts=st.lists(st.text("aé😀 ", max_size=4), min_size=2, max_size=6), data=st.data())
+def test_accepted_text_is_committed_and_never_changes(llm, texts, data):
+    """I13: confirmed once the commit has reached it, else 409 with what is committed."""
+
+    async def try_out(client):
+        gate = asyncio.Semaphore(1)
+        told, accepted = "", ""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(response_run, "generate", growing(texts, gate))
+            async with Visit(
+                client.app, "POST", "/v1/responses", {**BODY, "stream": True}
+            ) as visit:
+                name = (await visit.next()).data["response"]["id"]
+                path = f"/v1/responses/{name}/accept"
+                for num_said in range(1, len(texts) + 1):
+                    while told != "".join(texts[:num_said]):
+                        told += (await visit.next()).data.get("delta", "")
+                    chars = data.draw(st.integers(0, len(told) + 2))
+                    answer = await client.post(path, json={"chars": chars})
+                    if answer.status_code == 200:
+                        assert answer.json()["text"] == told[:chars]
+                        accepted = max(accepted, told[:chars], key=len)
+                    elif told:
+                        assert (answer.status_code, chars > len(told)) == (409, True)
+                        assert answer.json()["text"] == told
+                    else:
+                        assert answer.status_code == 404
+                    gate.release()
+                await visit.rest()
+        final = (await client.get(f"/v1/responses/{name}")).json()
+        assert text_of(final) == "".join(texts)
+        assert text_of(final).startswith(accepted)
+        everything = await client.post(path, json={"chars": len(text_of(final))})
+        assert everything.status_code == 200
+
+    asyncio.run(with_client(llm, try_out))
+
+
+async def with_client(llm, use):
+    app = create_app(AsyncLLM(llm), ServeConfig(drain_s=0.0))
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        await use(client)
+
+
+async def test_a_message_that_is_not_there_is_not_accepted(client):
+    found = await post(client, BODY)
+    path = f"/v1/responses/{found['id']}/accept"
+    await post(client, {"chars": 1, "item_id": "msg_none"}, 404, path)
+    await post(client, {"chars": 1}, 404, "/v1/responses/resp_none/accept")
+    item = found["output"][0]["id"]
+    assert (await post(client, {"chars": 0, "item_id": item}, 200, path))["text"] == ""
+
+
+async def test_tails_are_neither_stored_nor_fed_back(client, monkeypatch):
+    """I10: neither the log, nor the stored response, nor its cost, nor the next turn."""
+    kept = []
+    for events in (TRANSCRIPT, [event for event in TRANSCRIPT if isinstance(event, Committed)]):
+        session = (await post(client, {}, 200, "/v1/sessions"))["id"]
+        body = {**BODY, **PROVISIONAL, "outrider": {"session": session}}
+        with monkeypatch.context() as patch:
+            patch.setattr(response_run, "generate", scripted(events, pause_s=0.02))
+            said = parse((await client.post("/v1/responses", json=body)).text)
+        follow = await post(client, {**BODY, "outrider": {"session": session}})
+        sessions = client.app.state.server.sessions
+        head = (await sessions.find("", session)).head
+        log = await sessions.call(sessions.log.tokens, "", head)
+        name = said[0].data["response"]["id"]
+        again = parse((await client.get(f"/v1/responses/{name}?stream=true")).text)
+        stored = (await client.get(f"/v1/responses/{name}")).json()
+        told = stored["usage"].pop("outrider")["stream"]["tail_updates"]
+        kinds = [event.event for event in again]
+        kept.append((list(log), text_of(stored), stored["usage"], kinds, text_of(follow)))
+        assert told == len(events) - 3
+        assert [e.data for e in again] == [e.data for e in said if e.id is not None]
+    assert kept[0] == kept[1]
+
+
+async def test_a_lossy_answer_says_how_many_tokens_it_owes_to_that(client):
+    body = {
+        **BODY,
+        "speculation": {"method": "draft_model", "num_draft_tokens": 4, "verifier": "typical"},
+        "temperature": 1,
+    }
+    found = await post(client, body)
+    made = found["outrider"]["exactness"]
+    counts = found["metrics"]["speculative_decoding"]
+    assert 0 < made["relaxed_tokens"] <= counts["num_accepted_draft_tokens"]
+    assert "session" in found["outrider"]
+    assert "relaxed_tokens" not in (await post(client, BODY))["outrider"]["exactness"]

@@ -193,3 +193,19 @@ def test_open_rings_are_not_dropped():
     for index in range(5):
         rings.open(f"r{index}").close()
     assert rings.find("first") is first
+
+
+def test_an_event_that_cannot_be_kept_is_not_told_and_leaves_its_number():
+    def keep(event):
+        if is_full:
+            raise OSError("no space")
+
+    is_full, ring, listener = False, Ring(keep=keep), Listener()
+    ring.join(listener)
+    ring.put(DELTA)
+    is_full = True
+    with pytest.raises(OSError, match="no space"):
+        ring.put(DELTA)
+    assert (ring.last, len(ring), len(listener.durable)) == (0, 1, 1)
+    is_full = False
+    assert ring.put(DELTA).number == 1

@@ -6,7 +6,9 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel
 
+from outrider.serve import response_run
 from outrider.serve.base import ServeConfig
+from tests.serve.test_responses import TRANSCRIPT, scripted
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -14,15 +16,20 @@ httpx2 = pytest.importorskip("httpx2")
 
 KEY = "sk-test"
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
-EXTRA = {"ignore_eos": True, "speculation": "draft_model"}
+# K is given, so that no policy does without drafts that are hardly ever right.
+SPECULATION = {"method": "draft_model", "num_draft_tokens": 4}
+EXTRA = {"ignore_eos": True, "speculation": SPECULATION}
 CHAT = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0, "extra_body": EXTRA}
 RESPONSE = {
     "input": "the quick",
     "max_output_tokens": 24,
     "temperature": 0,
-    "extra_body": {"ignore_eos": True},
+    "extra_body": EXTRA,
 }
-GREEDY = {"temperature": 0}  # Anthropic's SDK has no argument for it any more
+GREEDY = {
+    "temperature": 0,
+    "speculation": SPECULATION,
+}  # Anthropic's SDK has no argument for it any more
 MESSAGE = {"messages": MESSAGES, "max_tokens": 24, "extra_body": GREEDY}
 EAGER = {"visibility": "provisional", "min_stability": 0.0, "max_updates_per_s": 100000}
 TAILS = {"X-Outrider-Stream": "provisional; stability=0; max_updates_per_s=100000"}
@@ -51,7 +58,7 @@ async def connect(serve):
             raw = await serve(ServeConfig(drain_s=0.0, api_keys={KEY: "alice"}, **config))
             transport = httpx2.ASGITransport(app=raw.app)
             wire = await stack.enter_async_context(httpx2.AsyncClient(transport=transport))
-            base = "http://test/v1" if kind is openai.AsyncOpenAI else "http://test"
+            base = "http://localhost/v1" if kind is openai.AsyncOpenAI else "http://localhost"
             made = kind(base_url=base, api_key=key, http_client=wire, max_retries=0)
             made.server = raw.app.state.server
             made.model_name = made.server.model_name
@@ -140,7 +147,7 @@ async def test_chat_tools(oai, blanks, headers):
         "logit_bias": blanks,
         "tools": [CHAT_TOOL],
         "tool_choice": {"type": "function", "function": {"name": "pick"}},
-        "extra_body": {"speculation": "draft_model"},
+        "extra_body": {"speculation": SPECULATION},
     }
     whole = await oai.chat.completions.create(**ask)
     (call,) = whole.choices[0].message.tool_calls
@@ -199,6 +206,24 @@ async def test_responses(oai, headers):
     tails = [event for event in events if event.type == "outrider:output_text.tail"]
     assert bool(tails) == bool(headers)
     assert all(text[: tail.committed_chars] and tail.v > 0 for tail in tails)
+
+
+async def test_tails_of_a_response_come_as_they_are(oai, monkeypatch):
+    monkeypatch.setattr(response_run, "generate", scripted(TRANSCRIPT))
+    ask = {
+        **RESPONSE,
+        "model": oai.model_name,
+        "extra_headers": {"X-Outrider-Stream": "provisional"},
+    }
+    stream = await oai.responses.create(**ask, stream=True)
+    events = [event async for event in stream]
+    tails = [event for event in events if event.type == "outrider:output_text.tail"]
+    assert [(tail.text, tail.base) for tail in tails] == [
+        (" answer is likely no", 4),
+        (", with caveats", 5),
+    ]
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert text == "The answer is yes, with caveats." == events[-1].response.output_text
 
 
 @TAIL_HEADERS

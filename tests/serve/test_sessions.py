@@ -8,7 +8,7 @@ import pytest
 
 from outrider import LLM, AsyncLLM, SamplingParams
 from outrider.errors import SessionStorageError
-from outrider.serve import response_service
+from outrider.serve import response_run
 from outrider.serve.app import create_app
 from outrider.serve.base import ServeConfig
 from outrider.serve.response_events import Rewrite
@@ -22,6 +22,7 @@ MAX = 12
 TURN = {"max_output_tokens": MAX, "temperature": 0, "ignore_eos": True}
 SEEDED = {**TURN, "temperature": 0.9, "seed": 11}
 LONG = {**TURN, "max_output_tokens": 200}
+FIXED = {**TURN, "speculation": {"method": "draft_model", "num_draft_tokens": 4}}
 WIDE = {"max_position_embeddings": 1024}
 
 
@@ -92,10 +93,10 @@ async def test_an_answer_that_ended_itself_is_not_closed_twice(client, llm, monk
     end = tokenizer.eos_token_id
     assert tokenizer.token_text(end) == "<|end|>"
 
-    async def generate(server, ask, request_id):
+    async def generate(server, ask, request_id, **_):
         yield Committed("r", token_ids=(70, 71, end), text="ab", finish_reason="stop")
 
-    monkeypatch.setattr(response_service, "generate", generate)
+    monkeypatch.setattr(response_run, "generate", generate)
     session = (await create(client))["id"]
     for text in ("one", "two"):
         answer = await say(client, session, text)
@@ -200,11 +201,11 @@ async def test_a_broken_turn_leaves_the_last_head(client, how, monkeypatch):
     body = {**sampling, "input": "two", "stream": True, "outrider": {"session": session}}
     if how == "fail":
 
-        async def generate(server, ask, request_id):
+        async def generate(server, ask, request_id, **_):
             yield Committed("r", token_ids=(5,), text="x")
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(response_service, "generate", generate)
+        monkeypatch.setattr(response_run, "generate", generate)
     if how == "storage":
 
         def commit(*args, **named):
@@ -280,9 +281,9 @@ async def test_speculation_of_a_session_and_of_a_turn(client):
 
 async def test_statistics_grow_with_each_turn(client):
     session = (await create(client))["id"]
-    first = await say(client, session, "one")
+    first = await say(client, session, "one", FIXED)
     assert first["outrider"]["session"]["spec"]["accept_prior"] is None
-    second = await say(client, session, "two")
+    second = await say(client, session, "two", FIXED)
     prior = second["outrider"]["session"]["spec"]["accept_prior"]
     assert 0 <= prior <= 1
     stats = kept(client).log.stats.get("", session)["draft_model"]["0"]
@@ -392,7 +393,7 @@ async def test_another_process_restores_kv_and_drafts(tmp_path):
     config = ServeConfig(drain_s=0, state_dir=tmp_path / "state")
     answers = []
     for _ in range(2):
-        llm = LLM(folders[0], draft_model=folders[1], check_integrity=True)
+        llm = LLM(folders[0], draft_model=folders[1], policy="fixed", check_integrity=True)
         llm.tokenizer.backend.chat_template = TEMPLATE
         app = create_app(AsyncLLM(llm), config)
         async with app.router.lifespan_context(app), client_of(app) as client:
@@ -440,7 +441,7 @@ async def test_a_session_expires(llm, tmp_path):
     app = create_app(AsyncLLM(llm), ServeConfig(drain_s=0), clock=lambda: now[0])
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             client.app = app
             made = await create(client, ttl_s=60)
             assert (await client.get(f"/v1/sessions/{made['id']}")).json()["expires_at"] == 1060
@@ -459,12 +460,13 @@ async def test_a_detached_answer_survives_the_process(serve, llm, tmp_path, samp
     async with Visit(first.app, "POST", "/v1/responses", body) as visit:
         seen = await visit.take(12)
     name = seen[0].data["response"]["id"]
-    service = kept(first).service
+    runs = kept(first).service.runs
     # As a killed process would: it stops at once and writes nothing more.
-    service._is_closing = True
-    live = service._live[name]
+    runs._is_closing = True
+    live = runs.find("", name)
     live.task.cancel()
     await asyncio.gather(live.task, return_exceptions=True)
+    await first.app.state.server.engine.aclose()  # or it takes events of the second's
     second = await serve(state_dir=folder)
     path = f"/v1/responses/{name}?stream=true&starting_after={seen[-1].id}"
     async with Visit(second.app, "GET", path) as visit:
@@ -496,16 +498,16 @@ async def test_an_attached_answer_does_not(serve, tmp_path):
 def test_rewriting_tells_each_character_once():
     told = [
         {"type": "response.created", "sequence_number": 0},
-        {"type": "response.output_item.added", "output_index": 0, "sequence_number": 1},
+        {"type": "response.output_item.added", "output_index": 0, "item": {"id": "m"}},
         {"type": "d", "item_id": "m", "output_index": 0, "delta": "abc", "sequence_number": 2},
     ]
     new = []
     rewrite = Rewrite(told, lambda event: new.append(dict(event)))
     for event in [
         {"type": "response.created"},
-        {"type": "response.output_item.added", "output_index": 0},
+        {"type": "response.output_item.added", "output_index": 0, "item": {"id": "m"}},
         *({"type": "d", "item_id": "m", "output_index": 0, "delta": d} for d in ("a", "bcde", "f")),
-        {"type": "response.output_item.added", "output_index": 1},
+        {"type": "response.output_item.added", "output_index": 1, "item": {"id": "n"}},
     ]:
         rewrite(event)
     assert [event.get("delta") for event in new] == ["de", "f", None]

@@ -3,9 +3,7 @@
 import json
 import random
 import re
-import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,10 +18,10 @@ from outrider.serve.app import create_app
 from outrider.serve.config import ServeConfig
 from outrider.serve.studio import FILES, FOLDER, POLICY, TYPES
 from tests.serve import studio_stub
+from tests.serve.pages import Served, needs_node, node
 
 PAGE = (FOLDER / "index.html").read_text()
 MODULES = {path.name: path.read_text() for path in FOLDER.glob("*.js")}
-needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs node on the PATH")
 
 
 # Files.
@@ -185,27 +183,6 @@ def test_marks_differ_without_colour():
 # The modules.
 
 
-def node(code, modules, given):
-    """What the module `code` prints as JSON; it finds `given` as INPUT, the page's in MODULES."""
-    code = code.replace("MODULES", modules.as_uri()).replace("INPUT", json.dumps(given))
-    made = subprocess.run(
-        ["node", "--no-warnings", "--input-type=module", "-"],
-        input=code, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    return json.loads(made.stdout)
-
-
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory) -> Path:
-    """The page's modules where node takes them for modules."""
-    folder = tmp_path_factory.mktemp("modules")
-    for name, code in MODULES.items():
-        (folder / name).write_text(code)
-    (folder / "package.json").write_text('{"type": "module"}')
-    return folder
-
-
 @needs_node
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_modules_parse(modules, name):
@@ -358,6 +335,23 @@ def test_kinds_of_tokens(modules):
     ]
 
 
+RATES = """
+import { rates } from "MODULES/charts.js";
+const [steps, scripts] = INPUT;
+console.log(JSON.stringify(scripts.map((times) => rates(steps, times))));
+"""
+
+
+@needs_node
+def test_speeds_of_what_came_at_once_are_not_told(modules):
+    steps = [{"tokens": ["a", "b"]}] * 13
+    even, at_once = [10 * i for i in range(13)], [i / 100 for i in range(13)]
+    found, nothing = node(RATES, modules, [steps, [even, at_once]])
+    assert nothing == []
+    assert len(found) == 4
+    assert sum(found) / len(found) == pytest.approx(200)
+
+
 FRAMES = """
 import { frames } from "MODULES/protocol.js";
 const found = [];
@@ -416,7 +410,11 @@ async def test_methods_are_those_of_registry_and_engine(client, llm):
     assert set(rules) >= set(VERIFIERS.names())
     assert {n for n, one in methods.items() if one["is_here"]} == set(llm.engine.drafters.names())
     assert all((one["reason"] is None) == one["is_here"] for one in methods.values())
-    assert found["defaults"] == {"method": "draft_model", "rule": "sampled"}
+    assert found["defaults"] == {
+        "method": "draft_model",
+        "rule": "sampled",
+        "policy": "fixed",
+    }
     assert methods["ngram"]["num_draft_tokens"] == llm.engine.drafters["ngram"].default_draft_tokens
     assert rules["sampled"]["exactness"] == "exact"
     assert rules["sampled"]["is_default"]
@@ -468,36 +466,6 @@ async def test_rules_that_the_server_refuses_are_marked(serve):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with sync_api.sync_playwright() as driver:
-        path = shutil.which("chromium")
-        made = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
-class Served:
-    """An app on a free port, in a thread."""
-
-    def __init__(self, app):
-        uvicorn = pytest.importorskip("uvicorn")
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
-        self.app = app
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        while not self._server.started:
-            threading.Event().wait(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-
-    def stop(self):
-        self._server.should_exit = True
-        self._thread.join()
-
-
-@pytest.fixture(scope="module")
 def stub(llm) -> Iterator[Served]:
     served = Served(studio_stub.app_over(llm))
     yield served
@@ -509,29 +477,6 @@ def stub_without_sessions(llm) -> Iterator[Served]:
     served = Served(studio_stub.app_over(llm, has_sessions=False))
     yield served
     served.stop()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens the page; a script error or a message of the policy fails the test."""
-    contexts, complaints = [], []
-
-    def go(url, *, width=1280, **options):
-        options = {"viewport": {"width": width, "height": 800}, **options}
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(8000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        page.goto(url)
-        page.locator("body[data-ready]").wait_for()
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
-    assert [text for text in complaints if "400 (Bad Request)" not in text] == []
 
 
 def say(page, text="What did the keeper write?"):
@@ -730,6 +675,29 @@ def test_the_real_server_serves_the_page(visit, llm):
         page.get_by_role("button", name="Start the race").click()
         verdict = page.locator("#race-verdict", has_text="Identical text")
         assert verdict.inner_text().startswith("Identical text: yes")
+    finally:
+        served.stop()
+
+
+@pytest.mark.browser
+def test_text_comes_from_the_server_where_the_browser_lacks_it(visit, llm):
+    served = Served(create_app(AsyncLLM(llm), ServeConfig(drain_s=0.0)))
+    try:
+        there = visit(served.url)
+        say(there, "begun elsewhere")
+        answer = there.locator(".turn.assistant .text").text_content()
+        here = visit(served.url)
+        here.locator(".session").click()
+        here.locator(".turn.assistant").wait_for()
+        assert here.locator(".turn.assistant .text").text_content() == answer
+        assert here.locator(".said").inner_text() == "begun elsewhere"
+        assert here.locator(".session .title").inner_text() == "begun elsewhere"
+        assert "exact" in here.locator(".turn.assistant .note").inner_text()
+        say(here, "gone on with here")
+        there.locator(".session").click()
+        there.locator(".turn.assistant").nth(1).wait_for()
+        assert there.locator(".said").all_inner_texts() == ["begun elsewhere", "gone on with here"]
+        assert there.locator(".turn.assistant").first.locator(".tok").count() > 0  # marks stay
     finally:
         served.stop()
 

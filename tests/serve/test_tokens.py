@@ -2,6 +2,9 @@
 
 import pytest
 
+from outrider.serve import chat
+from outrider.serve.schemas_chat import ChatBody
+
 TEXT = "def main(argv): é€🙂"
 
 
@@ -29,15 +32,59 @@ async def test_messages_go_through_the_template(client, llm):
     assert back["prompt"].endswith("assistant: ")
 
 
+USER = {"role": "user", "content": [{"type": "text", "text": "def"}]}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TALK = [
+    {"role": "developer", "content": "Be brief."},
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c", "content": "found"},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+KNOWS_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{{ mood }}{% for m in messages %}"
+    "{{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, KNOWS_TOOLS])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [USER]},
+        {"messages": [USER], "tools": TOOLS},
+        {"messages": [USER], "tools": TOOLS, "tool_choice": "none"},
+        {"messages": TALK, "tools": TOOLS, "tool_choice": "required"},
+        {"messages": TALK, "chat_template_kwargs": {"mood": "calm"}},
+    ],
+)
+async def test_messages_become_the_prompt_of_chat(client, llm, monkeypatch, template, fields):
+    if template is not None:
+        monkeypatch.setattr(llm.tokenizer.backend, "chat_template", template)
+    here = client.app.state.server
+    tokens = (await client.post("/tokenize", json=fields)).json()["tokens"]
+    assert tuple(tokens) == chat.turn_of(here, ChatBody(**fields), "").ask.prompt
+    said = {**fields, "max_tokens": 1}
+    if fields.get("tool_choice") != "required":  # whose grammar wants more than a token
+        answer = (await client.post("/v1/chat/completions", json=said)).json()
+        assert answer["usage"]["prompt_tokens"] == len(tokens)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/tokenize", {}, "prompt"),
-        ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [USER]}, "prompt"),
         ("/tokenize", {"prompt": 4}, "prompt"),
         ("/tokenize", {"prompt": "a", "prmopt": "b"}, "prmopt"),
         ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": "a", "tool_choice": "none"}, "tool_choice"),
         ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": [{"role": "user"}]}, None),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+         "tools.0.type"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}],
+                       "tool_choice": "required"}, "tool_choice"),
         ("/tokenize", {"messages": [{"role": 4}]}, None),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}],
                        "chat_template_kwargs": {"tokenize": True}}, None),

@@ -6,20 +6,15 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from outrider.errors import RequestError
-from outrider.serve.calls import (
-    Call,
-    CallArguments,
-    CallStart,
+from outrider.serve.call_formats import (
     ForcedArgumentsParser,
     ForcedCallsParser,
     HermesParser,
     LlamaParser,
     MistralParser,
-    Reply,
-    Text,
-    gather,
-    read,
 )
+from outrider.serve.call_parser import read
+from outrider.serve.calls import Call, CallArguments, CallStart, Reply, Text, gather
 from outrider.serve.tools import Tool, ToolUse, call_format, instructions, knows_tools
 
 NAMES = frozenset({"weather", "f"})

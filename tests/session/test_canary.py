@@ -1,9 +1,16 @@
 """The canary: silent on chance, loud on what shipped as a bug, and a beta-binomial underneath."""
 
+import json
+
 import numpy as np
 import pytest
 
-from outrider.session.canary import LEVEL, Tries, _at_most, judge
+from outrider.session.canary import LEVEL, History, Tries, _at_most, judge as judged
+from outrider.session.statistics import merge
+
+
+def judge(turns, recent, **options):
+    return judged(History.of(turns), recent, **options)
 
 
 def turns(rng, rate, sizes, dispersion=0.0):
@@ -120,3 +127,11 @@ def test_a_turn_more_varied_than_most_widens_what_is_allowed():
     varied = judge([Tries(50, 50), Tries(90, 10)] * 5, Tries(50, 50))
     assert varied.dispersion > steady.dispersion
     assert varied.p_value > steady.p_value
+
+
+def test_histories_add_up_and_come_back_from_json():
+    first, second = [Tries(70, 30), Tries(0, 0), Tries(1, 9)], [Tries(50, 5)]
+    parts = [History.of(turns).as_dict() for turns in (first, second)]
+    total = json.loads(json.dumps(merge(*parts)))
+    assert History.from_dict({**total, "drafted": [3]}) == History.of(first + second)
+    assert History.from_dict({}) == History.of([]) == History()

@@ -352,6 +352,9 @@ def test_what_has_expired_does_not_count_for_the_quota(clock: Clock) -> None:
         log.create(A, "fp", [1, 2, 3])
     clock.now += 1
     log.create(A, "fp", [1, 2, 3])
+    with pytest.raises(QuotaExceeded, match="6 tokens"):
+        log.create(A, "fp", [1, 2, 3])
+    assert len(log.expire(clock.now)) == 1, "who lets it go does so"
     assert log.usage(A) == Usage(tokens=3, sessions=1, heads=1)
 
 
@@ -429,3 +432,58 @@ def test_142k_tokens_cost_0_57_mb(tmp_path: Path, clock: Clock) -> None:
                 log.append(A, session, range(turn * 3302, (turn + 1) * 3302))
         sizes.append(path.stat().st_size)
     assert 43 * 3302 * 4 <= sizes[1] - sizes[0] < 0.6e6
+
+
+def test_a_note_holds_where_its_tokens_are(log: SessionLog) -> None:
+    head = log.append(A, log.create(A, "fp", [1]).session, [2, 3], note={"told": 1})
+    log.turns.begin(A, head.session, [4, 5], response_id="r")
+    answer = log.turns.commit(A, "r", [6, 7], note={"told": 2})
+    assert log.notes(A, answer) == [{"told": 1}, {"told": 2}]
+    places = [(7, [1, 2]), (6, [1, 2]), (5, [1, 2]), (4, [1]), (3, [1]), (2, []), (0, [])]
+    for at, told in places:
+        (fork,) = log.fork(A, head.session, at)
+        assert [note["told"] for note in log.notes(A, fork)] == told, at
+    log.turns.begin(A, head.session, [8], response_id="broken")
+    log.turns.abort(A, "broken")
+    assert len(log.notes(A, log.get(A, head.session).head)) == 2
+    for session in log.list(A).sessions:
+        log.delete(A, session.id)
+    (count,) = log._database._connection.execute("SELECT count(*) FROM note").fetchone()
+    assert count == 0
+
+
+def test_a_session_in_which_a_response_is_made_does_not_expire(
+    log: SessionLog, clock: Clock
+) -> None:
+    head = log.create(A, "fp", [1], ttl_s=10)
+    log.turns.begin(A, head.session, [2], response_id="r")
+    clock.now += 11
+    assert log.expired(clock.now) == log.expire(clock.now) == ()
+    log.turns.commit(A, "r", [3])
+    assert log.get(A, head.session).expires_at == clock.now + 10
+    log.turns.begin(A, head.session, [2], response_id="r2")
+    clock.now += 11
+    log.turns.abort(A, "r2")
+    assert log.expire(clock.now) == (head.session,)
+
+
+def test_a_fork_may_be_changed(log: SessionLog) -> None:
+    head = log.create(A, "fp", [1], {"k": 1, "gone": True}, 60.0, conversation="chat")
+    (fork,) = log.fork(
+        A, head.session, changes={"k": 2, "gone": None}, ttl_s=5.0, conversation="other"
+    )
+    found = log.get(A, fork.session)
+    assert (found.settings, found.ttl_s, found.conversation) == ({"k": 2}, 5.0, "other")
+    with pytest.raises(SessionConflict, match="'other'"):
+        log.fork(A, head.session, conversation="other")
+    with pytest.raises(SessionConflict):
+        log.fork(A, head.session, if_head="head_of_nothing")
+
+
+def test_the_response_in_a_place(log: SessionLog) -> None:
+    first = log.create(A, "fp", [1, 2], response_id="r")
+    log.append(A, first.session, [3])
+    back = log.rewind(A, first.session, first.id)
+    (fork,) = log.fork(A, first.session)
+    assert {log.response_at(A, head) for head in (first, back, fork)} == {"r"}
+    assert log.response_at(A, log.rewind(A, first.session, 1)) is None

@@ -364,10 +364,11 @@ def test_a_real_drafter_is_calibrated_and_takes_little_back(temperature):
     llm = LLM("demo")
     stream = StreamParams(visibility="provisional", min_stability=0.5)
     sampling = SamplingParams(max_tokens=96, temperature=temperature, seed=1, ignore_eos=True)
+    always = SpeculationParams(method="draft_model", num_draft_tokens=4)
     bins, erased, num_tails = [0.0] * 10, [], 0
     for prompt in ("def main(", "The city of", "import os\n", "class Stack:", "In the year"):
         erasure, tail = Erasure(Clock()), None
-        for event in llm.stream(prompt, sampling, stream=stream):
+        for event in llm.stream(prompt, sampling, always, stream=stream):
             erasure.observe(event)
             if isinstance(event, Tail):
                 tail = event

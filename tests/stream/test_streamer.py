@@ -79,7 +79,7 @@ def test_the_last_event_carries_the_metrics():
     seq.num_prefix_hits, seq.num_preemptions = 4, 2
     stream = streamer(seq)
     tell(stream, seq, b"a")
-    tell(stream, seq, b"bcde", **drafted(3, 3))
+    tell(stream, seq, b"bcde", **drafted(3, 3), num_relaxed=2)
     tell(stream, seq, b"f", **drafted(3, 0))
     tell(stream, seq, b"g", **drafted(2, 0))
     event = tell(stream, seq, b"hi", **drafted(3, 3, num_kept=2), finish_reason="stop")
@@ -89,6 +89,7 @@ def test_the_last_event_carries_the_metrics():
     assert (metrics.num_steps, metrics.num_drafts) == (5, 4)
     assert (metrics.num_draft_tokens, metrics.num_accepted_tokens) == (11, 6)
     assert metrics.num_generated_tokens == 9
+    assert metrics.num_relaxed_tokens == 2
     assert (metrics.num_prompt_tokens, metrics.num_cached_tokens) == (6, 4)
     assert metrics.num_preemptions == 2
     assert (metrics.drafter, metrics.verifier) == ("scripted", "greedy")

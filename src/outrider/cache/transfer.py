@@ -56,6 +56,14 @@ def num_resident(manager: BlockManager, tokens: Sequence[int], salt: str = "") -
     return len(_resident(manager, tokens, salt)) * manager.block_size
 
 
+def hold_prefix(manager: BlockManager, tokens: Sequence[int], salt: str = "") -> BlockTable:
+    """A table of all whole blocks of `tokens` that are cached, so that they are not evicted."""
+    counted = manager.queries, manager.hits
+    table, _ = manager.open([*tokens, 0], salt)  # the token behind lets the last block count
+    manager.queries, manager.hits = counted  # nobody asked for these
+    return table
+
+
 def export_prefix(
     pool: KVPool, manager: BlockManager, tokens: Sequence[int], salt: str = "", *, start: int = 0
 ) -> PrefixKV:
@@ -110,7 +118,7 @@ def import_runs(
     if not manager.enable_prefix_caching:
         return 0
     own = list(prefix_hashes(tokens, manager.block_size, salt))
-    table = _hold(manager, tokens[: len(own) * manager.block_size], salt)
+    table = hold_prefix(manager, tokens[: len(own) * manager.block_size], salt)
     try:
         for run in runs:
             _check_fits(pool, run)
@@ -126,14 +134,6 @@ def _resident(manager: BlockManager, tokens: Sequence[int], salt: str) -> list[N
         return []
     max_blocks = len(tokens) // manager.block_size
     return list(manager.tree.walk(PrefixTree.root(salt), tokens, max_blocks))
-
-
-def _hold(manager: BlockManager, tokens: Sequence[int], salt: str) -> BlockTable:
-    """A table of all blocks that are cached, so that making room does not evict them."""
-    counted = manager.queries, manager.hits
-    table, _ = manager.open([*tokens, 0], salt)  # the token behind lets the last block count
-    manager.queries, manager.hits = counted  # nobody asked for these
-    return table
 
 
 def _enter(

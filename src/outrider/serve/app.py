@@ -23,7 +23,7 @@ from outrider.serve.metrics import Metrics
 
 ROUTERS = (
     "health", "models", "tokens", "chat", "completions", "messages", "responses", "sessions",
-    "studio",
+    "debug", "studio",
 )  # fmt: skip
 GOODBYE_S = 5.0  # for the last words to readers that are slow
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def create_app(
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    app.add_middleware(Door, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Door, config=config)
     _document(app)
     return app
 

@@ -16,6 +16,7 @@ from outrider.serve.config import ServeConfig as ServeConfig
 from outrider.serve.errors import ApiError
 from outrider.serve.gate import Gate
 from outrider.serve.metrics import Metrics
+from outrider.stream.outbox import Unread
 from outrider.tokenizer import Tokenizer
 
 
@@ -28,6 +29,7 @@ class Server:
         tokenizer: None serves token ids only.
         started: seconds since the epoch when the server began.
         open_requests: ids of those in the engine.
+        unread: how much of what is made clients may leave unread.
         sessions: filled in by the sessions module; None without it.
         clock: seconds since the epoch, for time stamps.
     """
@@ -41,6 +43,7 @@ class Server:
     tokenizer: Tokenizer | None
     started: int
     open_requests: set[str] = field(default_factory=set)
+    unread: Unread = field(default_factory=Unread)
     sessions: Any = None
     clock: Callable[[], float] = time.time
 

@@ -1,20 +1,23 @@
 """/v1/chat/completions: OpenAI's chat, whole and streamed, with outrider-stream/1 where asked."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header
 from starlette.responses import JSONResponse, Response
 
+from outrider.engine.build import speculation_params
 from outrider.serve.base import Server, server, tenant
 from outrider.serve.calls import Call, CallStart, Piece, Text
+from outrider.serve.chat_session import ChatSession, check
 from outrider.serve.chat_template import prompt_ids, template_of
-from outrider.serve.delivery import HEADER, delivered, frame, shown, stream_options
+from outrider.serve.delivery import HEADER, frame, shown, stream_options
 from outrider.serve.generation import Answer, Ask, generate, whole
 from outrider.serve.logprobs import chat_logprobs
 from outrider.serve.schemas_chat import ChatBody
+from outrider.serve.schemas_generation import STREAMED
 from outrider.serve.sse import DONE, Frame, event_stream
 from outrider.serve.steps import Steps
 from outrider.serve.tools import AUTO
@@ -27,13 +30,15 @@ from outrider.serve.usage import (
     usage,
     with_prediction_ids,
 )
+from outrider.session.records import Session
 from outrider.stream.erasure import Erasure
 from outrider.stream.events import Committed, Event, RequestMetrics, Tail, TokenLogprob
 
+NOTHING: Mapping[str, Any] = {}
 router = APIRouter(tags=["chat"])
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
 async def chat_completions(
     body: ChatBody,
     here: Annotated[Server, Depends(server)],
@@ -42,6 +47,9 @@ async def chat_completions(
 ) -> Response:
     """The assistant's next message."""
     here.check_model(body.model)
+    check(body)
+    if body.outrider.session is not None:
+        return await _in_session(here, body, who, stream_header)
     turn = turn_of(here, body, who, stream_header)
     if body.stream:
         return event_stream(_frames(here, body, turn))
@@ -49,20 +57,35 @@ async def chat_completions(
     return JSONResponse(_completion(here, body, turn, answers))
 
 
-def turn_of(here: Server, body: ChatBody, who: str, stream_header: str = "") -> Turn:
-    """What a body asks of the engine. RequestError, PairError: it cannot be had."""
-    tokenizer = here.needed_tokenizer()
+def turn_of(
+    here: Server,
+    body: ChatBody,
+    who: str,
+    stream_header: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> Turn:
+    """What a body asks of the engine.
+
+    Args:
+        settings: of the session that holds the conversation, and then the prompt; its
+            `speculation` is in force where the body says nothing. None without a session.
+
+    Raises:
+        RequestError, PairError: it cannot be had.
+    """
     tool_use = body.tool_use()
-    template = template_of(tokenizer)
+    template = template_of(here.needed_tokenizer())
     if tool_use.choice == AUTO:
         tool_use.parser(template)  # refuses formats that are not read
     sampling = body.params(tool_use)
     asked = body.wanted_speculation()
+    if asked is None and settings and settings.get("speculation") is not None:
+        asked = speculation_params(settings["speculation"])
     speculation = None if asked is None else with_prediction_ids(here, asked)
-    variables = body.chat_template_kwargs
+    resolved = in_force(here, speculation, sampling)
     options = stream_options(here, body.stream_options, stream_header if body.stream else "")
     ask = Ask(
-        prompt=prompt_ids(tokenizer, body.template_messages(), tool_use, variables),
+        prompt=prompt_of(here, body) if settings is None else (),
         sampling=sampling,
         speculation=speculation,
         stream=shown(options, sampling, has_tools=tool_use.is_active),
@@ -72,11 +95,17 @@ def turn_of(here: Server, body: ChatBody, who: str, stream_header: str = "") -> 
     return Turn(
         id=new_id("chatcmpl-"),
         ask=ask,
-        speculation=in_force(here, speculation, sampling),
+        speculation=resolved,
         tool_use=tool_use,
         template=template,
-        has_prediction=body.prediction is not None,
+        num_predicted=0 if body.prediction is None else len(resolved.prediction),
     )
+
+
+def prompt_of(here: Server, body: ChatBody) -> tuple[int, ...]:
+    """Token ids of the conversation, up to where the answer begins. Raises as `prompt_ids`."""
+    variables = body.chat_template_kwargs
+    return prompt_ids(here.needed_tokenizer(), body.template_messages(), body.tool_use(), variables)
 
 
 def salted(who: str, salt: str | None) -> str:
@@ -89,24 +118,58 @@ def finish_reason(reason: str, num_calls: int) -> str:
     return "tool_calls" if reason == "stop" and num_calls else reason
 
 
-async def _frames(here: Server, body: ChatBody, turn: Turn) -> AsyncIterator[Frame]:
-    options = turn.ask.stream
-    chunks = Chunks(here, body, turn)
-    events = delivered(generate(here, turn.ask, turn.id), options)
-    async with aclosing(events):  # type: ignore[type-var]
+async def _in_session(here: Server, body: ChatBody, who: str, stream_header: str) -> Response:
+    """The same with messages that follow those of a session."""
+    session = await here.sessions.find(who, body.outrider.session)
+    turn = turn_of(here, body, who, stream_header, session.settings)
+    if body.stream:
+        return event_stream(_session_frames(here, session, body, turn))
+    async with await ChatSession.open(here, session, body, turn) as talk:
+        (answer,) = await whole(here, talk.turn.ask, turn.id)
+        await talk.finish(answer)
+        return JSONResponse(_completion(here, body, talk.turn, [answer], talk.report))
+
+
+async def _session_frames(
+    here: Server, session: Session, body: ChatBody, turn: Turn
+) -> AsyncIterator[Frame]:
+    async with await ChatSession.open(here, session, body, turn) as talk:
+        frames = _told(Chunks(here, body, talk.turn, talk.report), body, talk.events())
+        async with aclosing(frames):
+            async for each in frames:
+                yield each
+
+
+def _frames(here: Server, body: ChatBody, turn: Turn) -> AsyncGenerator[Frame]:
+    return _told(Chunks(here, body, turn), body, generate(here, turn.ask, turn.id))
+
+
+async def _told(
+    chunks: "Chunks", body: ChatBody, events: AsyncGenerator[Event]
+) -> AsyncGenerator[Frame]:
+    """The frames of these events, and what ends a stream."""
+    async with aclosing(events):
         async for event in events:
             for chunk in chunks.take(event):
-                yield frame(chunk, options)
+                yield frame(chunk, chunks.options)
     if body.wants_usage:
-        yield frame(chunks.usage(), options)
+        yield frame(chunks.usage(), chunks.options)
     yield Frame(data=DONE)
 
 
 class Chunks:
-    """Turns the events of one response into chunks."""
+    """Turns the events of one response into chunks.
 
-    def __init__(self, here: Server, body: ChatBody, turn: Turn) -> None:
+    Args:
+        session: `outrider.session`, filled in by whoever makes the last event.
+    """
+
+    def __init__(
+        self, here: Server, body: ChatBody, turn: Turn, session: Mapping[str, Any] = NOTHING
+    ) -> None:
+        self.options = turn.ask.stream
         self._turn = turn
+        self._session = session
         self._head = {
             "id": turn.id,
             "object": "chat.completion.chunk",
@@ -136,7 +199,7 @@ class Chunks:
 
     def usage(self) -> dict[str, Any]:
         """The last chunk, which has no choices."""
-        found = usage(self._finished, has_prediction=self._turn.has_prediction)
+        found = usage(self._finished, num_predicted=self._turn.num_predicted)
         if self._turn.ask.stream.visibility != "verified":
             found["outrider"] = {"stream": self._erasure.summary()}
         return {**self._head, "choices": [], "usage": found}
@@ -154,7 +217,7 @@ class Chunks:
         self._finished.append(metrics)
         if len(self._finished) < len(self._choices):
             return {}
-        return report(self._turn, self._finished)
+        return report(self._turn, self._finished, self._session)
 
     def _chunk(self, choice: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "choices": [choice], **self._null_usage, **more}
@@ -223,16 +286,27 @@ def delta_of(piece: Piece) -> dict[str, Any]:
     return {"tool_calls": [{**call, "function": {"arguments": piece.text}}]}
 
 
-def report(turn: Turn, metrics: list[RequestMetrics]) -> dict[str, Any]:
+def report(
+    turn: Turn, metrics: list[RequestMetrics], session: Mapping[str, Any] = NOTHING
+) -> dict[str, Any]:
     """What every response says of how it was made, beside its usage."""
+    made: dict[str, Any] = {"exactness": exactness(turn.speculation, metrics)}
+    if session:
+        made["session"] = dict(session)
     return {
         "metrics": metrics_of(metrics, turn.speculation),
         "timings": timings(metrics),
-        "outrider": {"exactness": exactness(turn.speculation)},
+        "outrider": made,
     }
 
 
-def _completion(here: Server, body: ChatBody, turn: Turn, answers: list[Answer]) -> dict[str, Any]:
+def _completion(
+    here: Server,
+    body: ChatBody,
+    turn: Turn,
+    answers: list[Answer],
+    session: Mapping[str, Any] = NOTHING,
+) -> dict[str, Any]:
     metrics = [answer.metrics for answer in answers]
     return {
         "id": turn.id,
@@ -240,13 +314,13 @@ def _completion(here: Server, body: ChatBody, turn: Turn, answers: list[Answer])
         "created": here.now(),
         "model": here.model_name,
         "choices": [_whole_choice(here, body, turn, answer) for answer in answers],
-        "usage": usage(metrics, has_prediction=turn.has_prediction),
-        **report(turn, metrics),
+        "usage": usage(metrics, num_predicted=turn.num_predicted),
+        **report(turn, metrics, session),
     }
 
 
 def _whole_choice(here: Server, body: ChatBody, turn: Turn, answer: Answer) -> dict[str, Any]:
-    reply = turn.read(answer)
+    reply = turn.read(answer.text)
     tokenizer = here.needed_tokenizer()
     message: dict[str, Any] = {
         "role": "assistant",

@@ -15,11 +15,13 @@ from outrider.errors import RequestError
 from outrider.request import Speculation
 from outrider.serve.base import Server, server, tenant
 from outrider.serve.chat import salted, tail_of
-from outrider.serve.delivery import HEADER, delivered, frame, shown, stream_options
+from outrider.serve.delivery import HEADER, frame, shown, stream_options
 from outrider.serve.generation import Answer, Ask, generate, whole
 from outrider.serve.logprobs import LegacyLogprobs
 from outrider.serve.schemas_completions import CompletionBody
+from outrider.serve.schemas_generation import STREAMED
 from outrider.serve.sse import DONE, Frame, event_stream
+from outrider.serve.steps import Steps
 from outrider.serve.turns import new_id
 from outrider.serve.usage import (
     exactness,
@@ -54,7 +56,7 @@ class Job:
     speculation: Speculation
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def completions(
     body: CompletionBody,
     here: Annotated[Server, Depends(server)],
@@ -122,9 +124,16 @@ async def together(calls: Items[Any]) -> list[Any]:
 
 
 async def merged(streams: Items[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
-    """Items of all streams as they come, each with its stream's place; a failure ends them all."""
+    """Items of all streams as they come, each with its stream's place; a failure ends them all.
+
+    What is not read yet waits in the streams, where it is bounded.
+    """
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()  # None: one ended
-    tasks = [asyncio.create_task(_pour(i, stream, queue)) for i, stream in enumerate(streams)]
+    turns = [asyncio.Semaphore(0) for _ in streams]  # one item of each stream is in the queue
+    tasks = [
+        asyncio.create_task(_pour(place, stream, queue, turns[place]))
+        for place, stream in enumerate(streams)
+    ]
     num_open = len(tasks)
     try:
         while num_open:
@@ -135,6 +144,7 @@ async def merged(streams: Items[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T
                 num_open -= 1
             else:
                 yield item
+                turns[item[0]].release()
     finally:
         for task in tasks:
             task.cancel()
@@ -145,11 +155,13 @@ async def _pour(
     place: int,
     stream: AsyncIterator[T],
     queue: "asyncio.Queue[tuple[int, T] | Exception | None]",
+    turn: asyncio.Semaphore,
 ) -> None:
     try:
         async with aclosing(stream):  # type: ignore[type-var]
             async for item in stream:
                 queue.put_nowait((place, item))
+                await turn.acquire()
     except Exception as error:
         queue.put_nowait(error)
     else:
@@ -163,7 +175,7 @@ def _echo(here: Server, prompt: str | list[int]) -> str:
 async def _frames(here: Server, body: CompletionBody, jobs: list[Job]) -> AsyncIterator[Frame]:
     options = jobs[0].ask.stream
     chunks = _Chunks(here, body, jobs)
-    streams = [delivered(generate(here, job.ask, job.id), options) for job in jobs]
+    streams = [generate(here, job.ask, job.id) for job in jobs]
     events = merged(streams)
     async with aclosing(events):  # type: ignore[type-var]
         async for place, event in events:
@@ -199,8 +211,11 @@ class _Chunks:
             yield self._chunk(choice.wrap(""), more)
             return
         part = choice.take(event)
+        made = choice.step(event) | more.pop("outrider", {})
         if event.finish_reason is not None:
-            more.update(self._ending(job, event.metrics or RequestMetrics()))
+            more = self._ending(job, event.metrics or RequestMetrics())
+        if made:
+            more["outrider"] = {**made, **more.get("outrider", {})}
         if part is not None or more:
             yield self._chunk(part or choice.wrap(""), more)
 
@@ -238,6 +253,12 @@ class _Choice:
         self._index = job.place * body.n + index
         self._echo = job.text
         self._logprobs = _legacy(here, body, job)
+        wants_steps = job.ask.stream.steps
+        self._steps = Steps(here.tokenizer, job.ask.prompt) if wants_steps else None
+
+    def step(self, event: Committed) -> dict[str, Any]:
+        """What the commit was made of, for clients that ask."""
+        return {} if self._steps is None else {"step": self._steps.detail(event)}
 
     def take(self, event: Committed) -> dict[str, Any] | None:
         """None where there is nothing to say yet."""
@@ -302,7 +323,7 @@ def _usages(jobs: list[Job], finished: list[tuple[Job, RequestMetrics]]) -> list
     return [
         usage(
             [metrics for owner, metrics in finished if owner is job],
-            has_prediction=bool(job.speculation.prediction),
+            num_predicted=len(job.speculation.prediction),
         )
         for job in jobs
     ]
@@ -312,5 +333,5 @@ def _report(speculation: Speculation, metrics: list[RequestMetrics]) -> dict[str
     return {
         "metrics": metrics_of(metrics, speculation),
         "timings": timings(metrics),
-        "outrider": {"exactness": exactness(speculation)},
+        "outrider": {"exactness": exactness(speculation, metrics)},
     }

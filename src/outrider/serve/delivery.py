@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from outrider.serve.schemas_generation import OutriderStream
 from outrider.serve.sse import Frame, dumps
 from outrider.stream.events import Event, Tail
 from outrider.stream.options import StreamOptions
-from outrider.stream.outbox import Outbox
+from outrider.stream.outbox import Outbox, Unread
 from outrider.stream.pad import pad
 
 HEADER = "X-Outrider-Stream"
@@ -22,7 +22,8 @@ HEADER = "X-Outrider-Stream"
 def stream_options(server: Server, asked: OutriderStream | None, header: str) -> StreamOptions:
     """What is in force: the body says it, else the header, else the usual.
 
-    Frames are padded where others than this machine could watch them, unless the client says no.
+    Where others than this machine could watch, frames are padded and sent at a pace, so that their
+    sizes and times do not tell what was accepted in each step, unless the client says no.
 
     Raises:
         RequestError: an option that is not known, or a value out of its range.
@@ -30,11 +31,12 @@ def stream_options(server: Server, asked: OutriderStream | None, header: str) ->
     is_padded = not server.config.is_loopback
     if asked is not None and asked.include_obfuscation is not None:
         is_padded = asked.include_obfuscation
+    pacing = "smooth" if is_padded else "burst"
     if asked is not None and asked.outrider is not None:
-        return StreamOptions.from_body(asked.outrider, pad=is_padded)
+        return StreamOptions.from_body(asked.outrider, pad=is_padded, pacing=pacing)
     if header:
-        return StreamOptions.from_header(header, pad=is_padded)
-    return StreamOptions(pad=is_padded)
+        return StreamOptions.from_header(header, pad=is_padded, pacing=pacing)
+    return StreamOptions(pad=is_padded, pacing=pacing)
 
 
 def without_tails(options: StreamOptions) -> StreamOptions:
@@ -47,25 +49,29 @@ def shown(options: StreamOptions, sampling: SamplingParams, *, has_tools: bool) 
     return without_tails(options) if has_tools or sampling.is_constrained else options
 
 
-async def delivered(events: AsyncIterator[Event], options: StreamOptions) -> AsyncIterator[Event]:
-    """The same events; a slow reader loses tails, and smooth pacing holds events together.
+async def delivered(
+    events: AsyncIterator[Event], options: StreamOptions, unread: Unread | None = None
+) -> AsyncGenerator[Event]:
+    """The same events at the client's pace; a slow reader loses tails and nothing else.
 
-    Closing it closes `events`.
+    They are taken from `events` as they come, whether they are read or not: a slow reader holds
+    no place in the engine. Smooth pacing holds events together. Closing it closes `events`.
+
+    Args:
+        unread: bounds of what may wait to be read; FellBehindError beyond them.
     """
-    if options.visibility == "verified" and not options.pace_s:
-        async with aclosing(events):  # type: ignore[type-var]
-            async for event in events:
-                yield event
-        return
-    outbox: Outbox[Event] = Outbox(options.max_updates_per_s, time.monotonic, pace_s=options.pace_s)
+    outbox: Outbox[Event] = Outbox(
+        options.max_updates_per_s, time.monotonic, pace_s=options.pace_s, unread=unread
+    )
     filling = asyncio.create_task(_fill(outbox, events))
     try:
         async for event in outbox:
             yield event
-        await filling
+        await filling  # raises what ended it
     finally:
         filling.cancel()
         await asyncio.gather(filling, return_exceptions=True)
+        outbox.abandon()
 
 
 def frame(data: dict[str, Any], options: StreamOptions, event: str | None = None) -> Frame:
@@ -83,6 +89,8 @@ async def _fill(outbox: Outbox[Event], events: AsyncIterator[Event]) -> None:
                     outbox.put_tail(event)
                 else:
                     outbox.put_durable(event)
+                if outbox.has_fallen_behind:
+                    return  # which aborts the request
     finally:
         outbox.close()
 

@@ -1,7 +1,8 @@
 """Door: what happens to every request before a route sees it, and when its client leaves.
 
-Plain ASGI, outermost first: an id for the request, a bound on its body, an end to its work when
-the client is gone, and a closed mouth about what we did not foresee.
+Plain ASGI, outermost first: an id for the request, a look at the name that the server is called
+by, a bound on the body, an end to the work when the client is gone, and a closed mouth about what
+we did not foresee.
 """
 
 import asyncio
@@ -13,7 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from outrider.serve.config import ServeConfig
 from outrider.serve.errors import ApiError, error_response
+from outrider.serve.hosts import Hosts
 
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -21,21 +24,22 @@ _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 class Door:
     """One per application.
 
-    Args:
-        max_body_bytes: a longer body is refused with 413, whether it says its length or not.
+    Of `config` it heeds `allowed_hosts`: a request by another name is refused with 403; and
+    `max_body_bytes`: a longer body is refused with 413, whether it says its length or not.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._config = config
+        self._hosts = Hosts(config.allowed_hosts, is_loopback=config.is_loopback)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = _Visit(scope, receive, send, self._max_body_bytes)
+        visit = _Visit(scope, receive, send, self._config)
         try:
-            visit.begin()
+            visit.begin(self._hosts)
             await self._app(scope, visit.receive, visit.send)
         except asyncio.CancelledError:
             if not visit.has_cancelled():
@@ -51,13 +55,13 @@ class Door:
 class _Visit:
     """One request; the task that serves it is cancelled when the client is gone."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, config: ServeConfig) -> None:
         self._headers = Headers(scope=scope)
         self.id = _request_id(self._headers.get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = self.id
         self._receive = receive
         self._send = send
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = config.max_body_bytes
         self._num_bytes = 0
         self._task = asyncio.current_task()
         self._gone = asyncio.Event()
@@ -67,8 +71,11 @@ class _Visit:
         self.is_answered = False
         self._is_over = False
 
-    def begin(self) -> None:
-        """ApiError 413 where the length that the client announces is too much."""
+    def begin(self, hosts: Hosts) -> None:
+        """ApiError 403 for a name that is not ours, 413 where the announced length is too much."""
+        host = self._headers.get("host", "")
+        if not hosts.allows(host):
+            raise _not_here(host)
         length = self._headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_long()
@@ -133,6 +140,15 @@ class _Visit:
             code="body_too_long",
             headers={"Connection": "close"},
         )
+
+
+def _not_here(host: str) -> ApiError:
+    return ApiError(
+        403,
+        f"Host: {host!r} is no name of this server: call it by its address, or start it with "
+        "--allowed-host for that name",
+        code="host_not_allowed",
+    )
 
 
 def _request_id(given: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from outrider.errors import (
     SessionNotFound,
     SessionStorageError,
 )
+from outrider.stream.outbox import FellBehindError
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -41,7 +43,7 @@ _STATUSES = {
     413: "The body is too long.",
     429: "Too many requests: see Retry-After.",
     500: "The server failed at this request.",
-    503: "The server is shutting down, or its engine failed.",
+    503: "The server is shutting down, cannot store it, or its engine failed.",
     504: "The request took too long.",
 }
 _MEMBERS = ("message", "type", "param", "code")
@@ -107,12 +109,7 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
-_SESSION_STATUSES = (
-    (SessionNotFound, 404),
-    (SessionConflict, 409),
-    (QuotaExceeded, 403),
-    (SessionStorageError, 503),
-)
+_SESSION_STATUSES = ((SessionNotFound, 404), (SessionConflict, 409), (QuotaExceeded, 403))
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -124,17 +121,27 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, RequestError | ConfigError):
-        named = _NAMED.match(str(error))
-        return ApiError(400, str(error), param=named.group(1) if named else None)
+        return ApiError(400, str(error), param=named_in(error))
+    if isinstance(error, SessionStorageError):
+        return _storage_failed(error)
     if isinstance(error, SessionError):
         status = next((code for kind, code in _SESSION_STATUSES if isinstance(error, kind)), 400)
         return ApiError(status, str(error))
+    if isinstance(error, FellBehindError):
+        message = "more of the answer is unread than is kept: read faster, or ask for less at once"
+        return ApiError(408, message, code="fell_behind")
     if isinstance(error, EngineError):
         return ApiError(503, str(error), code="engine_failed", headers={"Retry-After": "5"})
     if isinstance(error, OutriderError):
         return ApiError(400, str(error))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed at this request: see its log", code="internal_error")
+
+
+def named_in(error: Exception) -> str | None:
+    """The field that a message begins with, as in `n=0: ...`."""
+    named = _NAMED.match(str(error))
+    return named.group(1) if named else None
 
 
 def error_response(error: Exception, scope: Scope) -> JSONResponse:
@@ -153,8 +160,16 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return error_response(error, request.scope)
 
-    for kind in (ApiError, OutriderError, RequestValidationError, HTTPException):
+    for kind in (ApiError, OutriderError, FellBehindError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+
+
+def _storage_failed(error: SessionStorageError) -> ApiError:
+    """The client is told sqlite's reason, such as a full disk; where the file lies, the log."""
+    logger.error("%s", error)
+    reason = f" ({error.__cause__})" if isinstance(error.__cause__, sqlite3.Error) else ""
+    message = f"the server cannot store what this needs{reason}: nothing was kept; try again later"
+    return ApiError(503, message, code="storage_failed", headers={"Retry-After": "5"})
 
 
 def _invalid_body(error: RequestValidationError) -> ApiError:

@@ -58,18 +58,21 @@ class Gate:
         return min(max(math.ceil(service_s * turns), 1), MAX_RETRY_S)
 
     @asynccontextmanager
-    async def seat(self, deadline: float | None = None) -> AsyncIterator[None]:
+    async def seat(
+        self, deadline: float | None = None, *, queued: Callable[[], object] | None = None
+    ) -> AsyncIterator[None]:
         """A seat for the time of the block.
 
         Args:
             deadline: time of the event loop until which to wait for it.
+            queued: called once it is not refused, be it that it must wait.
 
         Raises:
             ApiError: 429 when the queue is full, 503 when the server drains; with Retry-After.
             TimeoutError: the deadline came first.
         """
         async with asyncio.timeout_at(deadline):
-            await self._enter()
+            await self._enter(queued)
         start = self._clock()
         try:
             yield
@@ -94,9 +97,11 @@ class Gate:
             return False
         return True
 
-    async def _enter(self) -> None:
+    async def _enter(self, queued: Callable[[], object] | None) -> None:
         if self.is_draining or (self._is_full and self.num_waiting >= self.max_waiting):
             raise self._refusal()
+        if queued is not None:
+            queued()
         if self._is_full:
             await self._wait_turn()
         else:

@@ -1,21 +1,21 @@
 """generate and whole: one request through the gate and the engine, as events or as answers."""
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
 from outrider.engine.outputs import Completion
 from outrider.errors import RequestError
-from outrider.request import SamplingParams, SpeculationParams
+from outrider.request import PastDrafts, SamplingParams, SpeculationParams
+from outrider.sampling.shaper import DEAD_END
 from outrider.serve.base import Server
+from outrider.serve.delivery import delivered
 from outrider.serve.errors import ApiError
 from outrider.serve.gate import DRAINING
-from outrider.stream.events import Committed, Event, RequestMetrics, Tail, TokenLogprob
+from outrider.stream.events import Committed, Event, RequestMetrics, TokenLogprob
 from outrider.stream.options import StreamOptions
-from outrider.stream.outbox import Outbox
 from outrider.verify.base import Exactness
 from outrider.verify.verifiers import verifier
 
@@ -28,6 +28,7 @@ class Ask:
         prompt: token ids. speculation: None is the engine's default.
         stream: what the client may see, and when.
         priority: smaller runs first. tenant: shares no cache with others.
+        experience: how drafts for such text fared before, by drafter.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +37,7 @@ class Ask:
     speculation: SpeculationParams | None = None
     tenant: str = ""
     priority: int = 0
+    experience: PastDrafts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +58,27 @@ class Answer:
     metrics: RequestMetrics
 
 
-async def generate(server: Server, ask: Ask, request_id: str) -> AsyncGenerator[Event]:
-    """Events of one request as they happen; closing the iterator aborts it.
+async def generate(
+    server: Server, ask: Ask, request_id: str, *, queued: Callable[[], object] | None = None
+) -> AsyncGenerator[Event]:
+    """Events of one request as a client can take them; closing the iterator aborts it.
 
-    A slow reader of tails gets the latest one only; pacing is done here.
+    Pacing is done here, a slow reader of tails gets the latest one only (`delivered`), and the
+    place in the engine is free once it is done, however much is still to be read.
 
     Args:
         request_id: unique among those in flight; not the client's X-Request-Id.
+        queued: called once the gate has not refused it, before any event.
 
     Raises:
-        ApiError: 429 or 503 at the gate, 503 when a drain took too long, 504 out of time, 500
-            where a completion failed.
+        ApiError: 429 or 503 at the gate, 503 when a drain took too long, 504 out of time, 400
+            where the settings leave no token to go on with, 500 where it failed otherwise.
         RequestError: it cannot be served as asked. EngineError: the engine broke down.
+        FellBehindError: far more is unread than is kept for one reader.
     """
     _check(server, ask)
-    events = _admitted(server, ask, request_id)
-    if ask.stream.params.is_provisional or ask.stream.pace_s:
-        events = _through_outbox(events, ask.stream)
+    admitted = _admitted(server, ask, request_id, queued)
+    events = delivered(admitted, ask.stream, server.unread)
     async with aclosing(events):
         async for event in events:
             yield event
@@ -81,32 +87,42 @@ async def generate(server: Server, ask: Ask, request_id: str) -> AsyncGenerator[
 async def started(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
     """The same events once the first has come: refusals are raised here, before any frame."""
     first = await anext(events)
+    all_of_them = _from(first, events)
+    await anext(all_of_them)  # a generator that never began would not close what it reads
+    return all_of_them
 
-    async def all_of_them() -> AsyncGenerator[Event]:
-        async with aclosing(events):
-            yield first
-            async for event in events:
-                yield event
 
-    return all_of_them()
+async def _from(first: Event, events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    """A word that nobody reads, then all events."""
+    async with aclosing(events):
+        yield first
+        yield first
+        async for event in events:
+            yield event
 
 
 async def whole(server: Server, ask: Ask, request_id: str) -> list[Answer]:
     """All completions of one request, in order. Raises as `generate`."""
     made = [Completion(index=index) for index in range(ask.sampling.n)]
-    async with aclosing(generate(server, ask, request_id)) as events:
+    _check(server, ask)
+    async with aclosing(_admitted(server, ask, request_id)) as events:
         async for event in events:
             if isinstance(event, Committed):
                 made[event.index].take(event)
     return [_answer(completion) for completion in made]
 
 
-async def _admitted(server: Server, ask: Ask, request_id: str) -> AsyncGenerator[Event]:
+async def _admitted(
+    server: Server, ask: Ask, request_id: str, queued: Callable[[], object] | None = None
+) -> AsyncGenerator[Event]:
     """Through the gate and the engine, in time, and counted."""
     deadline = asyncio.get_running_loop().time() + server.config.request_timeout_s
     watch = server.metrics.watch(len(ask.prompt), ask.sampling.n)
     try:
-        async with server.gate.seat(deadline), aclosing(_submit(server, ask, request_id)) as events:
+        async with (
+            server.gate.seat(deadline, queued=queued),
+            aclosing(_submit(server, ask, request_id)) as events,
+        ):
             watch.admit()
             server.open_requests.add(request_id)
             while True:
@@ -128,7 +144,8 @@ def _raise_if_broken_off(event: Event) -> None:
     """A completion that failed, or that a drain aborted, is no answer."""
     reason = event.finish_reason if isinstance(event, Committed) else None
     if isinstance(event, Committed) and reason == "error":
-        raise ApiError(500, event.error, code="generation_failed")
+        status = 400 if event.error.startswith(DEAD_END) else 500
+        raise ApiError(status, event.error, code="generation_failed")
     if reason == "abort":
         message = "the server shut down before the answer was complete: ask again"
         raise ApiError(503, message, code=DRAINING, headers={"Retry-After": "1"})
@@ -143,35 +160,9 @@ def _submit(server: Server, ask: Ask, request_id: str) -> AsyncGenerator[Event]:
         request_id=request_id,
         priority=ask.priority,
         tenant=ask.tenant,
+        experience=ask.experience,
     )
     return cast(AsyncGenerator[Event], events)
-
-
-async def _through_outbox(
-    events: AsyncGenerator[Event], options: StreamOptions
-) -> AsyncGenerator[Event]:
-    """The same events at the client's pace, without the tails that it had no time for."""
-    outbox: Outbox[Event] = Outbox(options.max_updates_per_s, time.monotonic, pace_s=options.pace_s)
-    filling = asyncio.create_task(_fill(outbox, events))
-    try:
-        async for event in outbox:
-            yield event
-        await filling  # raises what ended it
-    finally:
-        filling.cancel()
-        await asyncio.gather(filling, return_exceptions=True)
-
-
-async def _fill(outbox: Outbox[Event], events: AsyncGenerator[Event]) -> None:
-    try:
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Tail):
-                    outbox.put_tail(event)
-                else:
-                    outbox.put_durable(event)
-    finally:
-        outbox.close()
 
 
 def _check(server: Server, ask: Ask) -> None:

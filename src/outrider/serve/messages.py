@@ -12,11 +12,13 @@ from outrider.serve.base import Server, server, tenant
 from outrider.serve.calls import CallArguments, CallStart, Piece, Text
 from outrider.serve.chat import tail_of
 from outrider.serve.chat_template import prompt_ids, template_of
-from outrider.serve.delivery import HEADER, delivered, frame, shown, stream_options
+from outrider.serve.delivery import HEADER, frame, shown, stream_options
 from outrider.serve.generation import Answer, Ask, generate, whole
 from outrider.serve.schemas_chat import loaded
+from outrider.serve.schemas_generation import STREAMED
 from outrider.serve.schemas_messages import CountBody, MessagesBody
 from outrider.serve.sse import Frame, anthropic_error, event_stream
+from outrider.serve.steps import Steps
 from outrider.serve.tools import AUTO
 from outrider.serve.turns import Turn, new_id
 from outrider.serve.usage import exactness, in_force, metrics_of, with_prediction_ids
@@ -27,7 +29,7 @@ REASONS = {"length": "max_tokens", "stop": "end_turn"}
 router = APIRouter(tags=["messages"])
 
 
-@router.post("/v1/messages", response_model=None)
+@router.post("/v1/messages", response_model=None, responses=STREAMED)
 async def messages(
     body: MessagesBody,
     here: Annotated[Server, Depends(server)],
@@ -87,8 +89,8 @@ def _prompt(here: Server, body: CountBody) -> tuple[int, ...]:
 async def _frames(here: Server, turn: Turn) -> AsyncIterator[Frame]:
     options = turn.ask.stream
     writer = Writer(here, turn)
-    events = delivered(generate(here, turn.ask, turn.id), options)
-    async with aclosing(events):  # type: ignore[type-var]
+    events = generate(here, turn.ask, turn.id)
+    async with aclosing(events):
         async for event in events:
             for data in writer.take(event):
                 yield frame(data, options, event=data["type"])
@@ -104,30 +106,38 @@ class Writer:
         self._index = -1  # of the block last opened
         self._kind = ""  # what is open: "", "text" or "tool_use"
         self._has_begun = False
+        wants_steps = turn.ask.stream.steps
+        self._steps = Steps(here.tokenizer, turn.ask.prompt) if wants_steps else None
+        self._untold: list[dict[str, Any]] = []  # steps that no delta has told yet
         self._erasure = Erasure(time.monotonic)
 
     def take(self, event: Event) -> Iterator[dict[str, Any]]:
-        self._erasure.observe(event)
         if not self._has_begun:
             self._has_begun = True
             yield self._start()
         if isinstance(event, Tail):
-            yield from self._open_text()
-            yield {"type": "outrider_tail", "index": self._index, **tail_of(event)}
+            if self._kind == "text":  # a block that was opened for it might stay empty
+                self._erasure.observe(event)
+                yield {"type": "outrider_tail", "index": self._index, **tail_of(event)}
             return
+        self._erasure.observe(event)
+        if self._steps is not None:
+            self._untold.append(self._steps.detail(event))
         for piece in self._pieces.take(event):
             yield from self._write(piece)
+        if self._untold and self._kind:
+            yield from self._grow("")
         if event.finish_reason is not None:
             yield from self._end(event)
 
     def _write(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if isinstance(piece, Text):
             yield from self._open_text()
-            yield self._delta({"type": "text_delta", "text": piece.text})
+            yield from self._grow(piece.text)
         elif isinstance(piece, CallStart):
             yield from self._open("tool_use", _tool_use(piece.name))
         else:
-            yield self._delta({"type": "input_json_delta", "partial_json": piece.text})
+            yield from self._grow(piece.text)
 
     def _open_text(self) -> Iterator[dict[str, Any]]:
         if self._kind != "text":
@@ -143,8 +153,19 @@ class Writer:
             self._kind = ""
             yield {"type": "content_block_stop", "index": self._index}
 
-    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+    def _grow(self, text: str) -> Iterator[dict[str, Any]]:
+        """More of the open block; of the steps that wait, all but the last had no text."""
+        steps, self._untold = self._untold, []
+        for step in steps[:-1]:
+            yield self._delta("", step)
+        yield self._delta(text, steps[-1] if steps else None)
+
+    def _delta(self, text: str, step: dict[str, Any] | None) -> dict[str, Any]:
+        delta = {"type": "text_delta", "text": text}
+        if self._kind == "tool_use":
+            delta = {"type": "input_json_delta", "partial_json": text}
+        made = {} if step is None else {"outrider": {"step": step}}
+        return {"type": "content_block_delta", "index": self._index, "delta": delta, **made}
 
     def _start(self) -> dict[str, Any]:
         num_prompt = len(self._turn.ask.prompt)
@@ -166,12 +187,10 @@ class Writer:
         if self._turn.ask.stream.visibility != "verified":
             spent["outrider"] = {"stream": self._erasure.summary()}
         reason = stop_reason(event.finish_reason, event.stop_reason, self._pieces.num_calls)
-        yield {
-            "type": "message_delta",
-            "delta": reason,
-            "usage": spent,
-            **_report(self._turn, metrics),
-        }
+        made = _report(self._turn, metrics)
+        if self._untold:
+            made["outrider"]["steps"] = self._untold
+        yield {"type": "message_delta", "delta": reason, "usage": spent, **made}
         yield {"type": "message_stop"}
 
 
@@ -242,5 +261,5 @@ def _tool_use(name: str) -> dict[str, Any]:
 def _report(turn: Turn, metrics: RequestMetrics) -> dict[str, Any]:
     return {
         "metrics": metrics_of([metrics], turn.speculation),
-        "outrider": {"exactness": exactness(turn.speculation)},
+        "outrider": {"exactness": exactness(turn.speculation, [metrics])},
     }

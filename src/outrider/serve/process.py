@@ -2,13 +2,16 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, OutriderError
 from outrider.serve.app import GOODBYE_S, drain
 from outrider.serve.base import Server
 
@@ -25,9 +28,11 @@ class Process(uvicorn.Server):
         self._tell = tell
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._life = _Life(app)
         super().__init__(
             uvicorn.Config(
-                app,
+                self._life,
+                http=_connections(self._served.config.write_timeout_s),
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -37,7 +42,12 @@ class Process(uvicorn.Server):
         )
 
     def serve_until_told(self) -> None:
-        """Listens and serves; returns after a drain. ConfigError where the address is not free."""
+        """Listens and serves; returns after a drain.
+
+        Raises:
+            ConfigError: the address or the folder of the state is not free.
+            SessionStorageError: a file of the state cannot be opened.
+        """
         with self._listen() as listener:
             self.run(sockets=[listener])
 
@@ -48,7 +58,12 @@ class Process(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn has logged that it failed, and ends the process
+            if self._life.refusal is not None:
+                raise self._life.refusal from None
+            raise
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             self._tell(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
@@ -73,7 +88,8 @@ class Process(uvicorn.Server):
     def _listen(self) -> socket.socket:
         host, port = self._served.config.host, self._served.config.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # With protocol 0 asyncio would not know that this is TCP, and leave Nagle's algorithm on.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
@@ -84,3 +100,69 @@ class Process(uvicorn.Server):
                 "choose another, or port 0 for a free one"
             ) from None
         return listener
+
+
+class _Life:
+    """An application, and the reason why it could not begin, which uvicorn would only log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.refusal: OutriderError | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_quietly(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                error = sys.exc_info()[1]
+                if isinstance(error, OutriderError):
+                    self.refusal = error
+                    message = {"type": message["type"]}  # without the traceback
+            await send(message)
+
+        await self._app(scope, receive, send_quietly)
+
+
+def _connections(write_timeout_s: float) -> type[asyncio.Protocol]:
+    """uvicorn's connections, cut off where the client takes nothing of what it is sent.
+
+    Nothing is buffered here beyond what one write leaves over, so a slow reader costs the memory
+    of one frame, and what its generation makes meanwhile waits where it is counted (`Unread`).
+    """
+
+    class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        _check: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._unwatch()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._unwatch()
+            super().connection_lost(error)
+
+        def _watch(self) -> None:
+            num_left = self.transport.get_write_buffer_size()
+            self._check = self.loop.call_later(write_timeout_s, self._abort_if_stalled, num_left)
+
+        def _unwatch(self) -> None:
+            if self._check is not None:
+                self._check.cancel()
+
+        def _abort_if_stalled(self, num_left: int) -> None:
+            if self.transport.get_write_buffer_size() < num_left:
+                self._watch()  # it is slow, but it reads
+            else:
+                self.transport.abort()
+
+    return Connection

@@ -1,9 +1,11 @@
 """ResponseWriter: from the engine's events to those of the Responses API, in OpenAI's order."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence as Items
+from copy import deepcopy
 from typing import Any
 
 from outrider.serve.calls import CallArguments, CallStart, Piece, Text
+from outrider.serve.errors import ApiError
 from outrider.stream.events import Committed, Tail
 
 TAIL_EVENT = "outrider:output_text.tail"
@@ -23,7 +25,8 @@ class ResponseWriter:
         put: takes durable events. put_tail: takes tails; None where the client wants none.
         pieces: reads content and function calls out of the text.
         logprobs: what is reported beside a delta. step: of what each commit was made, for clients
-            that asked; it then comes with a delta, be it an empty one.
+            that asked; each has a delta of its own, be it an empty one, once an item is open. Of
+            an answer that never says anything they come with the last event.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class ResponseWriter:
         self._logprobs = logprobs
         self._step = step
         self._unsaid: list[dict[str, Any]] = []  # logprobs of tokens whose text is held back
-        self._steps: dict[str, Any] = {}  # members of the next delta
+        self._steps: list[dict[str, Any]] = []  # that no delta has told yet
         self._item: dict[str, Any] | None = None
+        self.is_closed = False  # whether the last event was told
         self._stem = str(response["id"]).partition("_")[2]
 
     def open(self) -> None:
@@ -57,11 +61,11 @@ class ResponseWriter:
         if self._logprobs is not None:
             self._unsaid += self._logprobs(event)
         if self._step is not None:
-            self._steps = {"outrider": {"step": self._step(event)}}
+            self._steps.append(self._step(event))
         for piece in self._pieces(event):
             self._take(piece)
-        if self._steps and self._is_message:
-            self._say("")
+        if self._steps and self._item is not None:
+            self._tell_delta("")
 
     def take_tail(self, tail: Tail) -> bool:
         """Tells what is expected to follow an open message; says whether anybody was told."""
@@ -82,6 +86,14 @@ class ResponseWriter:
         )
         return True
 
+    def end(self, status: str) -> None:
+        """All events but the last one; `close` is to follow."""
+        if self._item is None and not self.response["output"] and status == "completed":
+            self._open_message()
+        if self._steps and self._item is not None:
+            self._tell_delta("")
+        self._close_item("completed" if status == "completed" else "incomplete")
+
     def close(self, status: str, changes: Mapping[str, Any]) -> None:
         """The last events: what is open ends, then the whole response in its final state.
 
@@ -89,12 +101,12 @@ class ResponseWriter:
             status: "completed", "incomplete", "failed" or "cancelled".
             changes: further members of the final object, such as `usage`.
         """
-        if self._item is None and not self.response["output"] and status == "completed":
-            self._open_message()
-        self._close_item("completed" if status == "completed" else "incomplete")
+        self.end(status)
         self.response |= {"status": status, **changes}
         kind = "incomplete" if status == "cancelled" else status
-        self._put({"type": f"response.{kind}", "response": self.response})
+        steps = {"outrider": {"steps": self._steps}} if self._steps else {}
+        self.is_closed = True
+        self._put({"type": f"response.{kind}", "response": self.response, **steps})
 
     @property
     def _is_message(self) -> bool:
@@ -113,17 +125,30 @@ class ResponseWriter:
         if not self._is_message:
             self._close_item("completed")
             self._open_message()
-        step, self._steps = self._steps, {}
-        logprobs, self._unsaid = self._unsaid, []
         self._part["text"] += text
-        self._part["logprobs"] += logprobs
-        kind = "response.output_text.delta"
-        self._tell(kind, content_index=0, delta=text, logprobs=logprobs, **step)
+        self._tell_delta(text)
 
     def _say_arguments(self, piece: CallArguments) -> None:
         assert self._item is not None, "arguments follow the start of their call"
         self._item["arguments"] += piece.text
-        self._tell("response.function_call_arguments.delta", delta=piece.text)
+        self._tell_delta(piece.text)
+
+    def _tell_delta(self, text: str) -> None:
+        """More of the open item; of the steps that wait, all but the last had no text."""
+        steps, self._steps = self._steps, []
+        for step in steps[:-1]:
+            self._tell_step("", step)
+        self._tell_step(text, steps[-1] if steps else None)
+
+    def _tell_step(self, text: str, step: dict[str, Any] | None) -> None:
+        more = {} if step is None else {"outrider": {"step": step}}
+        if not self._is_message:
+            self._tell("response.function_call_arguments.delta", delta=text, **more)
+            return
+        logprobs, self._unsaid = self._unsaid, []
+        self._part["logprobs"] += logprobs
+        kind = "response.output_text.delta"
+        self._tell(kind, content_index=0, delta=text, logprobs=logprobs, **more)
 
     def _open_message(self) -> None:
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -190,32 +215,134 @@ class Rewrite:
     """Takes the events of an answer that is made again and passes on what was not told before.
 
     The same seed gives the same text, but perhaps in other portions: of deltas the characters
-    told before are cut off, other events are told once.
+    told before are cut off, of steps the tokens; other events are told once. If the text comes out
+    otherwise, all that is passed on is the last event, whose output is what was told.
 
     Args:
         told: the durable events that came before, in order.
         put: takes what is new.
+
+    Raises:
+        ApiError: from a call: the answer is not the one that was told.
     """
 
-    def __init__(self, told: Iterable[Mapping[str, Any]], put: Put) -> None:
+    def __init__(self, told: Items[Mapping[str, Any]], put: Put) -> None:
         self._put = put
+        self._told = Told(told)
         self._marks = {_mark(event) for event in told}
-        self._num_chars: dict[str, int] = {}
-        for event in told:
-            if "delta" in event:
-                item = event["item_id"]
-                self._num_chars[item] = self._num_chars.get(item, 0) + len(event["delta"])
+        self._num_chars: dict[str, int] = {}  # of each item, how many came again
+        self._num_items = 0  # that came again
+        self._num_tokens = sum(len(_step(event).get("tokens", ())) for event in told)
+        self._differs = False
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        if self._differs:
+            if "response" in event:
+                event["response"]["output"] = self._told.output
+                self._put(event)
+        elif "delta" in event:
+            text, step = self._new_text(event), self._new_step(_step(event))
+            if text or step:
+                rest = {key: value for key, value in event.items() if key != "outrider"}
+                self._put({**rest, "delta": text, **({"outrider": {"step": step}} if step else {})})
+        else:
+            self._compare(event)
+            if _mark(event) not in self._marks:
+                self._put(event)
+
+    def end(self) -> None:
+        """The answer is there; ApiError if more than that was told."""
+        self._require(self._num_items >= len(self._told.output))
+        for item, text in self._told.texts.items():
+            self._require(self._num_chars.get(item, 0) >= len(text))
+
+    def _compare(self, event: Mapping[str, Any]) -> None:
+        """An item begins as it did, and does not end before what was told of it."""
+        if event["type"] == "response.output_item.added":
+            known = self._told.output[event["output_index"] : event["output_index"] + 1]
+            self._require(all(_name_of(item) == _name_of(event["item"]) for item in known))
+            self._num_items += 1
+        elif event["type"].endswith(".done"):
+            item = event["item"]["id"] if "item" in event else event["item_id"]
+            self._require(self._num_chars.get(item, 0) >= len(self._told.texts.get(item, "")))
+
+    def _new_text(self, event: Mapping[str, Any]) -> str:
+        delta: str = event["delta"]
+        item = event["item_id"]
+        start = self._num_chars.get(item, 0)
+        known = self._told.texts.get(item, "")[start : start + len(delta)]
+        new = delta[len(known) :]
+        self._require(delta.startswith(known) and not (new and item in self._told.ended))
+        self._num_chars[item] = start + len(delta)
+        return new
+
+    def _require(self, is_same: bool) -> None:
+        if not is_same:
+            self._differs = True
+            message = (
+                "made again after a restart, the answer was not what was told of it: ask again"
+            )
+            raise ApiError(500, message, code="answer_differs")
+
+    def _new_step(self, step: Mapping[str, Any]) -> dict[str, Any]:
+        """A step of which only the end is new has no tree: it would show what is known."""
+        num_known = self._num_tokens
+        if not num_known or not step:
+            return dict(step)
+        tokens = step["tokens"]
+        self._num_tokens = max(num_known - len(tokens), 0)
+        if num_known >= len(tokens):
+            return {}
+        rest = {key: value for key, value in step.items() if key != "tree"}
+        accepted = max(step["accepted"] - num_known, 0)
+        return {**rest, "tokens": tokens[num_known:], "accepted": accepted}
+
+
+class Told:
+    """What the events of a response say of its output.
+
+    Attributes:
+        output: items as far as they were told. ended: ids of those that were told to their end.
+        texts: of each item what its deltas say.
+    """
+
+    def __init__(self, events: Iterable[Mapping[str, Any]]) -> None:
+        self.output: list[dict[str, Any]] = []
+        self.ended: set[str] = set()
+        self.texts: dict[str, str] = {}
+        for event in events:
+            self._take(event)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        kind = event["type"]
         if "delta" in event:
-            delta: str = event["delta"]
             item = event["item_id"]
-            num_known = self._num_chars.get(item, 0)
-            self._num_chars[item] = max(num_known - len(delta), 0)
-            if new := delta[num_known:]:
-                self._put({**event, "delta": new})
-        elif _mark(event) not in self._marks:
-            self._put(event)
+            self.texts[item] = self.texts.get(item, "") + event["delta"]
+        if kind == "response.output_item.added":
+            self.output.append({**deepcopy(event["item"]), "status": "incomplete"})
+        elif kind in ("response.output_text.done", "response.function_call_arguments.done"):
+            self.ended.add(event["item_id"])
+        elif kind == "response.output_item.done":
+            self.output[event["output_index"]] = event["item"]
+        elif kind == "response.content_part.added":
+            self.output[event["output_index"]]["content"].append(deepcopy(event["part"]))
+        elif kind == "response.function_call_arguments.delta":
+            self.output[event["output_index"]]["arguments"] += event["delta"]
+        elif kind == "response.output_text.delta":
+            part = self.output[event["output_index"]]["content"][0]
+            part["text"] += event["delta"]
+            part["logprobs"] += event["logprobs"]
+
+
+def _name_of(item: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What an item is, before any of its text."""
+    return item["id"], item.get("name")
+
+
+def _step(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The step that came with a delta; empty without one."""
+    step: Mapping[str, Any] = event.get("outrider", {}).get("step", {})
+    return step
 
 
 def _mark(event: Mapping[str, Any]) -> tuple[str, int]:

@@ -5,96 +5,78 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any
 
-from outrider.errors import (
-    SessionConflict,
-    SessionError,
-    SessionNotFound,
-    SessionStorageError,
-)
+from outrider.errors import SessionError, SessionNotFound, SessionStorageError
 from outrider.serve.base import Server
 from outrider.serve.errors import ApiError, as_api_error
-from outrider.serve.generation import generate, started
-from outrider.serve.response_events import Put, ResponseWriter, Rewrite
+from outrider.serve.response_origin import Origins, kept_response
 from outrider.serve.response_plan import Plan
+from outrider.serve.response_run import Live, Runs, error_of
 from outrider.serve.response_store import Stored
-from outrider.serve.ring import GoneError, Numbered, Ring, Rings
+from outrider.serve.ring import GoneError, Numbered, Ring
 from outrider.serve.schemas_responses import CreateResponse, messages_of
 from outrider.serve.session_prompts import Preamble
-from outrider.serve.session_service import RESPONSE_TTL_S, Sessions, SessionTurn
-from outrider.serve.sse import Frame
+from outrider.serve.session_service import Sessions
+from outrider.serve.sse import Frame, dumps
 from outrider.serve.turns import new_id
-from outrider.session.records import Head, Session
-from outrider.stream.erasure import Erasure
-from outrider.stream.events import Committed, RequestMetrics
+from outrider.session.records import Head, Turn
 from outrider.stream.outbox import Outbox
 from outrider.stream.pad import pad
 
 DETACHED = "continue"
+TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Live:
-    """A response while it is made.
+class Responses:
+    """The Responses API over the sessions of one server.
 
     Attributes:
-        body: the response object, which grows.
-        turn: where its session will take it up; None is a stateless one.
-        is_detached: it goes on when its client has left.
-        is_owned: the session was made for it, and goes with it if it fails.
-        accepted: done once the engine has taken it, or with what it was refused for.
+        runs: the responses that are being made, and the events of these and of late ones.
     """
 
-    tenant: str
-    plan: Plan
-    prompt: tuple[int, ...]
-    turn: SessionTurn | None
-    ring: Ring
-    body: dict[str, Any]
-    items: list[dict[str, Any]]
-    is_detached: bool
-    is_owned: bool = False
-    token_ids: list[int] = field(default_factory=list)
-    accepted: "asyncio.Future[None]"
-    task: "asyncio.Task[None] | None" = None
-
-    @property
-    def id(self) -> str:
-        return str(self.body["id"])
-
-
-class Responses:
-    """The Responses API over the sessions of one server."""
-
     def __init__(self, here: Server, sessions: Sessions) -> None:
-        self.rings = Rings()
         self._here = here
         self._sessions = sessions
-        self._live: dict[str, Live] = {}
-        self._is_closing = False
+        self.runs = Runs(here, sessions)
+        self._origins = Origins(sessions, self.runs)
 
     async def start(self) -> None:
         """Takes up the detached responses that a crash has interrupted; the others are undone."""
         log = self._sessions.log
+        reasons: dict[str, Exception] = {}
         for left in await self._sessions.call(log.turns.unfinished):
-            if self._sessions.responses.get(left.tenant, left.response_id) is None:
-                with suppress(SessionNotFound):
-                    await self._sessions.call(log.turns.abort, left.tenant, left.response_id)
-            else:
-                await self._take_up(left.tenant, left.response_id, left.request)
-        await self._settle()
+            try:
+                if await self._take_up(left):
+                    continue
+            except Exception as error:  # whatever it is, the server starts all the same
+                logger.exception("response %s cannot be taken up again", left.response_id)
+                reasons[left.response_id] = error
+            await self._put_away(left)
+        await self._settle(reasons)
+
+    async def _take_up(self, left: Turn) -> bool:
+        """Whether an interrupted response is made again; raises why one cannot be."""
+        kept = self._sessions.responses.get(left.tenant, left.response_id)
+        if kept is None or kept.is_final or not left.request:
+            return False
+        await self.runs.take_up(kept, left.request)
+        return True
+
+    async def _put_away(self, left: Turn) -> None:
+        try:
+            with suppress(SessionNotFound):
+                await self._sessions.call(
+                    self._sessions.log.turns.abort, left.tenant, left.response_id
+                )
+        except SessionStorageError as error:
+            logger.warning("the turn of %s stays open: %s", left.response_id, error)
 
     async def aclose(self) -> None:
         """Ends what still runs; detached responses are taken up again by the next process."""
-        self._is_closing = True
-        tasks = [live.task for live in self._live.values() if live.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.runs.aclose()
 
     async def create(
         self, tenant: str, body: CreateResponse, headers: Mapping[str, str], stream_header: str = ""
@@ -104,21 +86,39 @@ class Responses:
         Raises:
             RequestError, ApiError, SessionError: refused; then nothing was changed.
         """
-        session, is_owned = await self._named_session(tenant, body, headers), False
+        launching = asyncio.create_task(self._launch(tenant, body, headers, stream_header))
+        try:
+            live = await asyncio.shield(launching)
+        except asyncio.CancelledError:
+            # The client is gone. What has begun is brought to where it can be undone whole.
+            with suppress(Exception):
+                await self.runs.leave(await launching)
+            raise
+        await self.runs.until_accepted(live)
+        return live
+
+    async def _launch(
+        self, tenant: str, body: CreateResponse, headers: Mapping[str, str], stream_header: str
+    ) -> Live:
+        """A response that begins to be made."""
+        session, is_owned = await self._origins.named_session(tenant, body, headers), False
         plan = Plan.of(self._here, body, stream_header, session.settings if session else {})
         preamble = Preamble(body.instructions, plan.tool_use)
         items, base = body.items, body.outrider.if_head
         messages = messages_of(items)
         response_id = new_id("resp_")
         if body.previous_response_id is not None:
-            session, base, messages = await self._follow_on(tenant, body, preamble, messages)
+            session, base, messages = await self._origins.follow_on(
+                tenant, body, preamble, messages
+            )
         if not body.store:
-            at = None if base is None else await self._head(tenant, base)
+            at = None if base is None else await self._origins.head(tenant, base)
             prompt = await self._sessions.prompt(tenant, session, at, messages, preamble)
-            return await self._launch(tenant, plan, response_id, prompt, None, items)
+            return self.runs.launch(tenant, plan, response_id, prompt, None, items)
         if session is None:
-            session, is_owned = await self._new_session(tenant), True
+            session, is_owned = await self._origins.new_session(tenant), True
         is_detached = body.background or session.settings.get("detach") == DETACHED
+        turn = None
         try:
             turn = await self._sessions.begin(
                 tenant,
@@ -130,20 +130,16 @@ class Responses:
                 if_head=base,
                 on_conflict="fork" if body.previous_response_id else body.outrider.on_conflict,
             )
+            return self.runs.launch(
+                tenant, plan, response_id, turn.prompt, turn, items, is_detached=is_detached
+            )
         except BaseException:
+            with suppress(SessionError):
+                if turn is not None:
+                    await self._sessions.abort(turn)
             if is_owned:
-                await self._sessions.delete(tenant, session.id)
+                await self.runs.drop_session(tenant, session.id)
             raise
-        return await self._launch(
-            tenant,
-            plan,
-            response_id,
-            turn.prompt,
-            turn,
-            items,
-            is_detached=is_detached,
-            is_owned=is_owned,
-        )
 
     def body(self, tenant: str, response_id: str) -> dict[str, Any]:
         """The response object as it is now. ApiError 404."""
@@ -157,49 +153,73 @@ class Responses:
         stem = response_id.partition("_")[2]
         return [{"id": f"item_{stem}_{index}", **item} for index, item in enumerate(found)]
 
+    def message(self, tenant: str, response_id: str, item_id: str | None) -> dict[str, Any]:
+        """An output message as it is now, the last one if none is named. ApiError 404."""
+        output = self.body(tenant, response_id)["output"]
+        messages = [item for item in output if item["type"] == "message"]
+        for item in reversed(messages):
+            if item_id in (None, item["id"]):
+                return dict(item)
+        wanted = f"message {item_id!r}" if item_id is not None else "message"
+        raise ApiError(404, f"response {response_id!r} has no {wanted} yet", param="item_id")
+
     def ring(self, tenant: str, response_id: str) -> Ring | None:
         """The events of a response; None if they are no longer held. ApiError 404."""
         self.body(tenant, response_id)
-        ring = self.rings.find(response_id)
-        if ring is None and (past := self._sessions.responses.events(response_id)):
-            ring = self.rings.open(response_id, past=past)
+        ring = self.runs.rings.find(response_id)
+        past = self._sessions.responses.events(response_id) if ring is None else []
+        if past and past[-1].type in TERMINAL:
+            ring = self.runs.rings.open(response_id, past=past)
             ring.close()
         return ring
 
     async def frames(
-        self, live: Live | None, ring: Ring, *, after: int = -1
+        self, live: Live | None, ring: Ring, *, after: int = -1, is_guest: bool = False
     ) -> AsyncIterator[Frame]:
         """The events above `after` for one connection, as they come.
 
-        A response that is not detached ends when the last connection leaves. Raises GoneError.
+        A response that is not detached ends when its last client leaves; whoever asked for it is
+        one, as a stream or not.
+
+        Args:
+            is_guest: the connection is another one than that which asked for the response.
+
+        Raises:
+            ApiError: 410, some of the events are no longer held.
         """
         options = live.plan.options if live is not None else None
         rate = options.max_updates_per_s if options else 1.0
-        pace_s = options.pace_s if options else 0.0
         is_padded = options.pad if options else not self._here.config.is_loopback
-        outbox: Outbox[Numbered] = Outbox(rate, time.monotonic, pace_s=pace_s)
+        outbox: Outbox[Numbered] = Outbox(rate, time.monotonic, unread=self._here.unread)
         try:
             ring.join(outbox, after=after)
         except GoneError as error:
             raise ApiError(410, str(error), code="events_gone") from None
+        if live is not None and is_guest:
+            live.num_clients += 1
         try:
             async for item in outbox:
                 yield _frame(item, is_padded)
         finally:
             ring.leave(outbox)
-            is_left = ring.closed_at is None and not ring.num_listeners
-            if live is not None and is_left and not live.is_detached:
-                await self._stop(live)
+            outbox.abandon()
+            if live is not None and ring.closed_at is None:
+                await self.runs.leave(live)
 
     async def whole(self, live: Live) -> dict[str, Any]:
-        """The final object; leaving early ends a response that is not detached."""
+        """The final object; leaving early ends a response that is not detached.
+
+        Raises:
+            ApiError: what it failed of.
+        """
         assert live.task is not None
         try:
             await asyncio.shield(live.task)
         except asyncio.CancelledError:
-            if not live.is_detached:
-                await self._stop(live)
+            await self.runs.leave(live)
             raise
+        if live.error is not None:
+            raise live.error
         return live.body
 
     async def cancel(self, tenant: str, response_id: str) -> dict[str, Any]:
@@ -207,305 +227,62 @@ class Responses:
         live = self.live_of(tenant, response_id)
         if live is None:
             return self._stored(tenant, response_id).body
-        await self._stop(live)
+        await self.runs.cancel(live)
         return live.body
 
     async def delete(self, tenant: str, response_id: str) -> None:
         """Forgets a response; its tokens go too where no session of the client's holds them."""
         live = self.live_of(tenant, response_id)
         if live is not None:
-            await self._stop(live)
+            await self.runs.cancel(live)
             with suppress(ApiError):
                 await self._delete_stored(self._stored(tenant, response_id))
         else:
             await self._delete_stored(self._stored(tenant, response_id))
-        self.rings.drop(response_id)
+        self.runs.rings.drop(response_id)
 
     def live_of(self, tenant: str, response_id: str) -> Live | None:
         """The response while it is made; those that are not stored are nobody's to ask for."""
-        live = self._live.get(response_id)
-        is_here = live is not None and live.tenant == tenant and live.plan.body.store
-        return live if is_here else None
+        return self.runs.find(tenant, response_id)
 
-    # Where a response goes on from.
+    async def _settle(self, reasons: Mapping[str, Exception]) -> None:
+        """Responses that no process will finish get an end: their own, if the log has it.
 
-    async def _named_session(
-        self, tenant: str, body: CreateResponse, headers: Mapping[str, str]
-    ) -> Session | None:
-        """The session that the request names; one that only a header names is made."""
-        name = body.session_id(headers)
-        if name is None or not body.store:
-            return None
-        try:
-            return await self._sessions.find(tenant, name)
-        except SessionNotFound:
-            if body.conversation is not None or body.outrider.session is not None:
-                raise
-        head = await self._sessions.create(tenant, conversation=name, ttl_s=RESPONSE_TTL_S)
-        return await self._sessions.find(tenant, head.session)
-
-    async def _new_session(self, tenant: str) -> Session:
-        """For a response that names none: kept as long as the response is."""
-        settings = {"is_implicit": True}
-        head = await self._sessions.create(tenant, settings=settings, ttl_s=RESPONSE_TTL_S)
-        return await self._sessions.find(tenant, head.session)
-
-    async def _follow_on(
-        self,
-        tenant: str,
-        body: CreateResponse,
-        preamble: Preamble,
-        messages: list[dict[str, Any]],
-    ) -> tuple[Session | None, str | None, list[dict[str, Any]]]:
-        """(session, head, messages) for `previous_response_id`.
-
-        Instructions and tools do not carry over: where they differ from those before, the
-        conversation is told anew from its items, in a session of its own.
+        Args:
+            reasons: why some could not be taken up, by id.
         """
-        name = body.previous_response_id or ""
-        if self.live_of(tenant, name) is not None:
-            raise SessionConflict(f"response {name!r} is still being made: wait for it")
-        chain = self._chain(tenant, name)
-        told = [_preamble(stored.body) for stored in chain]
-        if told[-1] == _preamble({"instructions": body.instructions, "tools": body.tools}):
-            head = await self._sessions.call(self._sessions.log.head_of_response, tenant, name)
-            return await self._sessions.find(tenant, head.session), head.id, messages
-        if chain[0].previous is not None or chain[0].session is None:
-            raise ApiError(
-                400,
-                f"previous_response_id={name!r}: what came before it is not all kept, so its "
-                "instructions cannot be changed; send the same ones, or all of the input",
-                param="previous_response_id",
-            )
-        items = [item for stored in chain for item in (*stored.items, *stored.body["output"])]
-        return None, None, messages_of([*items, *body.items])
-
-    def _chain(self, tenant: str, name: str) -> list[Stored]:
-        """The responses up to this one, the oldest that is kept first."""
-        chain = [self._stored(tenant, name, "previous_response_id")]
-        while chain[0].previous is not None:
-            before = self._sessions.responses.get(tenant, chain[0].previous)
-            if before is None:
-                break
-            chain.insert(0, before)
-        return chain
-
-    async def _head(self, tenant: str, head: str) -> Head:
-        return await self._sessions.call(self._sessions.log.head, tenant, head)
-
-    # Making one.
-
-    async def _launch(
-        self,
-        tenant: str,
-        plan: Plan,
-        response_id: str,
-        prompt: tuple[int, ...],
-        turn: SessionTurn | None,
-        items: list[dict[str, Any]],
-        *,
-        is_detached: bool = False,
-        is_owned: bool = False,
-    ) -> Live:
-        body = plan.response(self._here, response_id, plan.body.previous_response_id)
-        live = self._live_from(tenant, plan, prompt, turn, body, items, is_detached=is_detached)
-        live.is_owned = is_owned
-        live.task = asyncio.create_task(self._run(live, live.ring.put))
-        try:
-            await asyncio.shield(live.accepted)
-        except asyncio.CancelledError:
-            await self._stop(live)
-            raise
-        return live
-
-    def _live_from(
-        self,
-        tenant: str,
-        plan: Plan,
-        prompt: tuple[int, ...],
-        turn: SessionTurn | None,
-        body: dict[str, Any],
-        items: list[dict[str, Any]],
-        *,
-        is_detached: bool,
-        past: list[Numbered] | None = None,
-    ) -> Live:
-        store, response_id = self._sessions.responses, str(body["id"])
-        if turn is not None and not turn.is_implicit:
-            body["conversation"] = {"id": turn.session}
-
-        def keep(event: Numbered) -> None:
-            try:
-                store.add_event(response_id, event)
-            except SessionStorageError as error:
-                # The client goes on; whether the turn can be kept is decided at its end.
-                logger.warning("an event of %s was not written down: %s", response_id, error)
-
-        live = Live(
-            tenant=tenant,
-            plan=plan,
-            prompt=prompt,
-            turn=turn,
-            ring=self.rings.open(response_id, past=past or (), keep=keep if is_detached else None),
-            body=body,
-            items=items,
-            is_detached=is_detached,
-            accepted=asyncio.get_running_loop().create_future(),
-        )
-        if is_detached:
-            store.put(self._row(live, is_final=False))
-        self._live[response_id] = live
-        return live
-
-    async def _take_up(self, tenant: str, response_id: str, request: Mapping[str, Any]) -> None:
-        """Makes an interrupted answer again; what was told before is not told twice."""
-        stored = self._stored(tenant, response_id)
-        turn = await self._sessions.resume(tenant, response_id)
-        session = await self._sessions.find(tenant, turn.session)
-        plan = Plan.again(self._here, request, session.settings)
-        past = self._sessions.responses.events(response_id)
-        body = plan.response(self._here, response_id, stored.previous)
-        live = self._live_from(
-            tenant, plan, turn.prompt, turn, body, stored.items, is_detached=True, past=past
-        )
-        put = Rewrite([json.loads(event.data) for event in past], live.ring.put)
-        live.task = asyncio.create_task(self._run(live, put))
-
-    async def _run(self, live: Live, put: Put) -> None:
-        """The life of a response; whatever happens it ends, and so does its turn."""
-        ask = live.plan.ask(live.prompt, live.tenant)
-        writer = live.plan.writer(self._here, ask, live.body, put, live.ring.put_tail)
-        try:
-            await self._generate(live, writer)
-        except asyncio.CancelledError:
-            await self._break_off(live, writer, "cancelled", None)
-        except Exception as error:
-            await self._break_off(live, writer, "failed", error)
-        finally:
-            self._live.pop(live.id, None)
-            if live.ring.closed_at is None:
-                live.ring.close()
-            if not live.plan.body.store:
-                self.rings.drop(live.id)
-
-    async def _generate(self, live: Live, writer: ResponseWriter) -> None:
-        is_waited_for = not live.plan.body.background and not live.ring.last >= 0
-        if not is_waited_for:
-            live.accepted.set_result(None)
-            writer.open()
-        ask = live.plan.ask(live.prompt, live.tenant)
-        erasure = Erasure(time.monotonic)
-        events = await started(generate(self._here, ask, live.id))
-        async with aclosing(events):
-            if is_waited_for:
-                writer.open()
-                live.accepted.set_result(None)
-            async for event in events:
-                if not isinstance(event, Committed):
-                    if writer.take_tail(event):
-                        erasure.observe(event)
-                    continue
-                erasure.observe(event)
-                live.token_ids += event.token_ids
-                writer.take(event)
-                if event.finish_reason == "abort":
-                    await self._break_off(live, writer, "cancelled", None)
-                elif event.finish_reason is not None:
-                    await self._finish(live, writer, event, erasure)
-
-    async def _finish(
-        self, live: Live, writer: ResponseWriter, event: Committed, erasure: Erasure
-    ) -> None:
-        """The turn is durable before anybody hears that the response is complete."""
-        metrics = event.metrics or RequestMetrics()
-        is_cut = event.finish_reason == "length"
-        changes = live.plan.report(metrics)
-        if live.plan.options.visibility != "verified":
-            changes["usage"]["outrider"] = {"stream": erasure.summary()}
-        if is_cut:
-            changes["incomplete_details"] = {"reason": "max_output_tokens"}
-        if live.turn is not None:
-            head = await self._sessions.finish(
-                live.turn,
-                live.token_ids,
-                metrics,
-                live.plan.sampling.temperature,
-                live.plan.speculation.num_draft_tokens,
-            )
-            session = self._sessions.report(live.turn, head, metrics)
-            changes["outrider"] = {**live.body["outrider"], "session": session}
-        if not is_cut:
-            changes["completed_at"] = self._here.now()
-        writer.close("incomplete" if is_cut else "completed", changes)
-        self._keep(live)
-
-    async def _break_off(
-        self, live: Live, writer: ResponseWriter, status: str, error: Exception | None
-    ) -> None:
-        """Undoes the turn, and tells how the response ended if it had begun."""
-        if live.is_detached and (self._is_closing or self._here.gate.is_draining):
-            return  # the next process takes it up
-        if live.turn is not None:
-            with suppress(SessionError):
-                await self._sessions.abort(live.turn)
-        if not live.accepted.done():
-            await self._undo(live, error)
-            return
-        changes: dict[str, Any] = {}
-        if error is not None:
-            told = as_api_error(error)
-            changes["error"] = {"code": told.code or "server_error", "message": told.message}
-        writer.close(status, changes)
-        self._keep(live)
-
-    async def _undo(self, live: Live, error: Exception | None) -> None:
-        """As if it had never been asked for."""
-        self.rings.drop(live.id)
-        if live.is_owned and live.turn is not None:
-            with suppress(SessionError):
-                await self._sessions.delete(live.tenant, live.turn.session)
-        self._sessions.responses.delete(live.tenant, live.id)
-        if error is None:
-            live.accepted.cancel()
-        else:
-            live.accepted.set_exception(error)
-
-    async def _stop(self, live: Live) -> None:
-        if live.task is not None and not live.task.done():
-            live.task.cancel()
-            await asyncio.gather(live.task, return_exceptions=True)
-
-    # What is kept.
-
-    def _keep(self, live: Live) -> None:
-        if live.plan.body.store:
-            self._sessions.responses.put(self._row(live, is_final=True))
-
-    def _row(self, live: Live, *, is_final: bool) -> Stored:
-        session: str | None = live.body["outrider"].get("session", {}).get("id")
-        if not is_final and live.turn is not None:
-            session = live.turn.session
-        num_prompt = len(live.prompt)
-        return Stored(
-            id=live.id,
-            tenant=live.tenant,
-            session=session,
-            previous=live.body["previous_response_id"],
-            updated=self._here.clock(),
-            num_prompt=num_prompt,
-            num_tokens=num_prompt + len(live.token_ids),
-            is_final=is_final,
-            body=live.body,
-            items=live.items,
-        )
-
-    async def _settle(self) -> None:
-        """Responses that no process will finish have failed."""
         for stored in self._sessions.responses.unfinished():
-            if stored.id not in self._live:
-                error = {"code": "server_error", "message": "the server stopped: ask again"}
-                body = {**stored.body, "status": "failed", "error": error}
-                self._sessions.responses.put(stored._replace(body=body, is_final=True))
+            if self.runs.find(stored.tenant, stored.id) is not None:
+                continue
+            try:
+                await self._settle_one(stored, reasons.get(stored.id))
+            except SessionStorageError as error:
+                logger.warning("the end of %s is not written down: %s", stored.id, error)
+
+    async def _settle_one(self, stored: Stored, reason: Exception | None) -> None:
+        store, past = self._sessions.responses, self._sessions.responses.events(stored.id)
+        try:
+            head = await self._sessions.call(
+                self._sessions.log.head_of_response, stored.tenant, stored.id
+            )
+        except SessionNotFound:
+            if past:
+                self._end(_broken_off(stored, reason), past)
+            else:
+                store.delete(stored.tenant, stored.id)  # nobody was told of it
+        else:
+            self._end(_complete(stored, head), past)
+
+    def _end(self, ended: Stored, past: list[Numbered]) -> None:
+        """Keeps the response, and its last event if that was not told yet."""
+        store = self._sessions.responses
+        if past and past[-1].type in TERMINAL:
+            ended = ended._replace(body=json.loads(past[-1].data)["response"])
+        elif past:
+            number, kind = past[-1].number + 1, f"response.{ended.body['status']}"
+            event = {"type": kind, "sequence_number": number, "response": ended.body}
+            store.add_event(ended.id, Numbered(number, kind, dumps(event)))
+        store.put(ended)
 
     async def _delete_stored(self, stored: Stored) -> None:
         store = self._sessions.responses
@@ -517,17 +294,22 @@ class Responses:
             if session.settings.get("is_implicit"):
                 await self._sessions.delete(stored.tenant, session.id)
 
-    def _stored(self, tenant: str, response_id: str, param: str | None = None) -> Stored:
-        found = self._sessions.responses.get(tenant, response_id)
-        if found is None:
-            raise ApiError(
-                404,
-                f"no response {response_id!r}: it was not stored, was deleted, or never was",
-                type="invalid_request_error",
-                code="response_not_found",
-                param=param,
-            )
-        return found
+    def _stored(self, tenant: str, response_id: str) -> Stored:
+        return kept_response(self._sessions, tenant, response_id)
+
+
+def _broken_off(stored: Stored, reason: Exception | None) -> Stored:
+    told = ApiError(503, "ask again") if reason is None else as_api_error(reason)
+    error = error_of(told) | {"message": f"the server stopped in its midst: {told.message}"}
+    body = {**stored.body, "status": "failed", "error": error}
+    return stored._replace(body=body, is_final=True)
+
+
+def _complete(stored: Stored, head: Head) -> Stored:
+    """The response whose tokens are in the log already, as it was to be told."""
+    session = {"id": head.session, "head": head.id}
+    body = {**stored.body, "outrider": {**stored.body["outrider"], "session": session}}
+    return stored._replace(body=body, session=head.session, is_final=True)
 
 
 def _frame(item: Numbered, is_padded: bool) -> Frame:
@@ -537,7 +319,3 @@ def _frame(item: Numbered, is_padded: bool) -> Frame:
         lines = f"event: {item.type}\n" + (f"id: {name}\n" if name is not None else "")
         data = pad(data, num_other=len(lines))
     return Frame(data=data, event=item.type, id=name)
-
-
-def _preamble(body: Mapping[str, Any]) -> tuple[str | None, Any]:
-    return body.get("instructions"), body.get("tools") or []

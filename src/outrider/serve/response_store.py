@@ -1,23 +1,30 @@
 """ResponseStore: responses that clients may ask for again, and events of those being made."""
 
 import json
+import logging
 import sqlite3
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from outrider.errors import SessionStorageError
 from outrider.serve.ring import Numbered
+from outrider.session.database import make_private
 
 MEMORY = ":memory:"
+logger = logging.getLogger(__name__)
 PRAGMAS = ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON")
-SCHEMA = """
+CONVERSATION = "json_extract(body, '$.conversation.id')"
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS response (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, session TEXT, previous TEXT,
     updated REAL NOT NULL, num_prompt INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
     is_final INTEGER NOT NULL, body TEXT NOT NULL, items TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS response_session ON response (session);
 CREATE INDEX IF NOT EXISTS response_updated ON response (updated);
+CREATE INDEX IF NOT EXISTS response_conversation ON response ({CONVERSATION})
+    WHERE session IS NULL;
 CREATE TABLE IF NOT EXISTS event (
     response TEXT NOT NULL REFERENCES response (id) ON DELETE CASCADE,
     number INTEGER NOT NULL, type TEXT NOT NULL, data TEXT NOT NULL,
@@ -56,20 +63,24 @@ class ResponseStore:
 
     Args:
         path: the file, or ":memory:".
-        max_responses: most that are kept; the oldest go first.
+        max_responses: most that are kept of each tenant; the oldest go first.
 
     Raises:
         SessionStorageError: from any call: the file cannot be read or written.
     """
 
     def __init__(self, path: Path | str = MEMORY, *, max_responses: int = 10_000) -> None:
+        make_private(str(path))
         self._db = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
         for pragma in PRAGMAS:
             self._execute(f"PRAGMA {pragma}")
         self._db.executescript(SCHEMA)
         self._max_responses = max_responses
+        self._late: dict[str, Stored] = {}  # what could not be written yet
 
     def close(self) -> None:
+        """What could not be written by now is lost."""
+        self.put_late()
         self._db.close()
 
     def put(self, stored: Stored) -> None:
@@ -83,7 +94,27 @@ class ResponseStore:
             row,
         )
 
+    def put_at_last(self, stored: Stored) -> None:
+        """As `put`; where it cannot be written now, it is held in memory and tried again."""
+        try:
+            self.put(stored)
+        except SessionStorageError as error:
+            logger.error("response %s is not written down yet: %s", stored.id, error)
+            self._late[stored.id] = stored
+            while len(self._late) > self._max_responses:
+                del self._late[next(iter(self._late))]
+
+    def put_late(self) -> None:
+        """Tries again to write what could not be written; what still cannot stays."""
+        for response_id, stored in list(self._late.items()):
+            with suppress(SessionStorageError):
+                self.put(stored)
+                del self._late[response_id]
+
     def get(self, tenant: str, response_id: str) -> Stored | None:
+        late = self._late.get(response_id)
+        if late is not None:
+            return late if late.tenant == tenant else None
         query = f"SELECT {COLUMNS} FROM response WHERE id = ? AND tenant = ?"
         row = self._execute(query, (response_id, tenant)).fetchone()
         return _stored(row) if row else None
@@ -102,10 +133,20 @@ class ResponseStore:
         return [_stored(row) for row in self._execute(query)]
 
     def delete(self, tenant: str, response_id: str) -> None:
+        if (late := self._late.get(response_id)) is not None and late.tenant == tenant:
+            del self._late[response_id]
         self._execute("DELETE FROM response WHERE id = ? AND tenant = ?", (response_id, tenant))
 
     def delete_of_session(self, tenant: str, session: str) -> None:
-        self._execute("DELETE FROM response WHERE session = ? AND tenant = ?", (session, tenant))
+        """Those whose tokens it holds or was to hold; one that failed names it in its body."""
+        for stored in list(self._late.values()):
+            if (stored.tenant, stored.session) == (tenant, session):
+                del self._late[stored.id]
+        self._execute(
+            f"DELETE FROM response WHERE tenant = :tenant AND (session = :session "
+            f"OR session IS NULL AND {CONVERSATION} = :session)",
+            {"tenant": tenant, "session": session},
+        )
 
     def add_event(self, response_id: str, event: Numbered) -> None:
         """Before anybody hears of it: what a client has seen is known after a crash."""
@@ -116,7 +157,9 @@ class ResponseStore:
         query = "SELECT number, type, data FROM event WHERE response = ? ORDER BY number"
         return [Numbered(*row) for row in self._execute(query, (response_id,))]
 
-    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+    def _execute(
+        self, statement: str, values: tuple[Any, ...] | Mapping[str, Any] = ()
+    ) -> sqlite3.Cursor:
         try:
             return self._db.execute(statement, values)
         except sqlite3.Error as error:
@@ -124,6 +167,7 @@ class ResponseStore:
 
     def expire(self, *, responses_before: float, events_before: float) -> None:
         """Drops what has not changed since then, events of final responses, and the surplus."""
+        self.put_late()
         self._execute(
             "DELETE FROM event WHERE response IN "
             "(SELECT id FROM response WHERE is_final AND updated < ?)",
@@ -131,8 +175,9 @@ class ResponseStore:
         )
         self._execute("DELETE FROM response WHERE updated < ?", (responses_before,))
         self._execute(
-            "DELETE FROM response WHERE is_final AND id NOT IN "
-            "(SELECT id FROM response ORDER BY updated DESC LIMIT ?)",
+            "DELETE FROM response WHERE is_final AND id IN (SELECT id FROM (SELECT id, "
+            "row_number() OVER (PARTITION BY tenant ORDER BY updated DESC) AS place "
+            "FROM response) WHERE place > ?)",
             (self._max_responses,),
         )
 

@@ -7,7 +7,8 @@ from starlette.responses import JSONResponse, Response
 
 from outrider.serve.delivery import HEADER
 from outrider.serve.errors import ApiError
-from outrider.serve.schemas_responses import CreateResponse
+from outrider.serve.schemas_generation import STREAMED
+from outrider.serve.schemas_responses import Accept, CreateResponse
 from outrider.serve.sessions import Made, SessionRoute, Who, answer
 from outrider.serve.sse import event_stream
 
@@ -15,7 +16,7 @@ router = APIRouter(tags=["responses"], prefix="/v1/responses", route_class=Sessi
 MAX_ITEMS = 100
 
 
-@router.post("", response_model=None)
+@router.post("", response_model=None, responses=STREAMED)
 async def create_response(
     body: CreateResponse,
     request: Request,
@@ -27,7 +28,7 @@ async def create_response(
     return await answer(made, who, body, request.headers, stream_header)
 
 
-@router.get("/{response_id}", response_model=None)
+@router.get("/{response_id}", response_model=None, responses=STREAMED)
 async def get_response(
     response_id: str,
     who: Who,
@@ -46,7 +47,24 @@ async def get_response(
     ring = made.ring(who, response_id)
     if ring is None or after + 1 < ring.first:
         return _gone(body, after)
-    return event_stream(made.frames(made.live_of(who, response_id), ring, after=after))
+    live = made.live_of(who, response_id)
+    return event_stream(made.frames(live, ring, after=after, is_guest=True))
+
+
+@router.post("/{response_id}/accept", response_model=None)
+async def accept(response_id: str, body: Accept, who: Who, made: Made) -> Response:
+    """Says whether the first characters of a text are committed; 409 tells the text that is.
+
+    Without `item_id` it is about the last message. What was accepted never changes.
+    """
+    item = made.message(who, response_id, body.item_id)
+    text: str = item["content"][0]["text"]
+    found = {"id": response_id, "object": "response.accept", "item_id": item["id"]}
+    if body.chars <= len(text):
+        return JSONResponse({**found, "chars": body.chars, "text": text[: body.chars]})
+    message = f"chars={body.chars}: {len(text)} are committed so far; accept no more than these"
+    told = ApiError(409, message, code="not_committed", param="chars").body()
+    return JSONResponse({**told, **found, "chars": len(text), "text": text}, status_code=409)
 
 
 @router.post("/{response_id}/cancel", response_model=None)

@@ -56,7 +56,8 @@ class Ring:
 
     Args:
         past: events from before a restart, which are not numbered anew.
-        keep: told of each event before any listener is, to write it down.
+        keep: told of each event before any listener is, to write it down; where it raises, the
+            event was not put, and its number is free.
     """
 
     def __init__(
@@ -87,12 +88,11 @@ class Ring:
     def put(self, event: Mapping[str, Any]) -> Numbered:
         """Numbers an event, keeps it, and tells all listeners."""
         assert self.closed_at is None, "nothing follows the terminal event"
-        self.last += 1
-        kind = str(event["type"])
-        body = {"type": kind, "sequence_number": self.last, **event}
-        numbered = Numbered(self.last, kind, dumps(body))
+        number, kind = self.last + 1, str(event["type"])
+        numbered = Numbered(number, kind, dumps({"type": kind, "sequence_number": number, **event}))
         if self._keep is not None:
             self._keep(numbered)
+        self.last = number
         self._events.append((self._clock(), numbered))
         self.num_bytes += len(numbered.data)
         self.trim()

@@ -16,6 +16,7 @@ from outrider.serve.schemas_generation import (
     REFUSED,
     GenerationBody,
     Refusal,
+    SessionOptions,
 )
 from outrider.serve.structured import response_format, the_one
 from outrider.serve.tools import AUTO, FUNCTION, NONE, Tool, ToolUse
@@ -98,6 +99,7 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool = True
     prediction: Prediction | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    outrider: SessionOptions = SessionOptions()
 
     def params(self, tool_use: ToolUse) -> SamplingParams:
         """RequestError naming the field that cannot be honoured."""
@@ -138,10 +140,27 @@ class ChatBody(GenerationBody):
         asked = self.asked_speculation()
         if self.prediction is None:
             return asked
+        self._check_prediction()
         text = texts("prediction.content", self.prediction.content)
         if asked is None:
             return SpeculationParams(method=PREDICTION, prediction=text)
         return _with_prediction(asked, text)
+
+    def _check_prediction(self) -> None:
+        """What OpenAI does not take beside a prediction."""
+        for name, usual, remedy in (
+            ("n", 1, "send one request for each answer"),
+            ("tools", [], "leave out the tools"),
+            ("logprobs", False, "leave out logprobs"),
+            ("presence_penalty", 0.0, "leave out the penalty"),
+            ("frequency_penalty", 0.0, "leave out the penalty"),
+        ):
+            value = getattr(self, name)
+            if value != usual:
+                shown = value if name != "tools" else f"{len(value)} functions"
+                raise RequestError(
+                    f"{name}={shown}: not beside a prediction; {remedy}, or the prediction"
+                )
 
     def template_messages(self) -> list[dict[str, Any]]:
         """As chat templates read them: contents are texts, arguments of calls are mappings."""

@@ -1,5 +1,6 @@
 """GenerationBody: the fields that chat and completions share, and what becomes of those we lack."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -13,8 +14,13 @@ from outrider.serve.errors import ApiError
 from outrider.serve.structured import Constraint, guided, structured_outputs
 
 MAX_LOGPROBS = 20
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What routes that stream where asked answer besides JSON, for the OpenAPI page."""
 SEED_MASK = 2**63 - 1
 Text = str | list[str]
+# What goes further makes numbers of the logits that are none.
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Refusal(NamedTuple):
@@ -60,6 +66,14 @@ class OutriderOptions(Body):
     speculation: dict[str, Any] | str | None = None
 
 
+class SessionOptions(OutriderOptions):
+    """`outrider` in a body: how to speculate, which session, and what the client expects of it."""
+
+    session: str | None = None
+    if_head: str | None = None
+    on_conflict: Literal["error", "fork"] = "error"
+
+
 class OutriderStream(Body):
     """`stream_options`; the options under `outrider` are those of `StreamOptions`."""
 
@@ -87,6 +101,10 @@ class SiftedBody(Body):
         if not isinstance(values, Mapping):
             return values
         given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            if not _is_finite(value):
+                message = f"{name}: holds NaN or Infinity, which JSON does not have; send numbers"
+                raise ApiError(400, message, param=name)
         for name in sorted(given.keys() & cls.refused.keys()):
             if not _is_among(given.pop(name), cls.refused[name].harmless):
                 message = f"{name}: {cls.refused[name].remedy}"
@@ -105,10 +123,10 @@ class GenerationBody(SiftedBody):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = Field(default_factory=dict)
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, Bias] = Field(default_factory=dict)
     seed: int | None = None
     n: int = 1
     stop: Text = Field(default_factory=list)
@@ -181,6 +199,18 @@ def the_speculation(*given: str | Mapping[str, Any] | None) -> SpeculationParams
 
 def _is_among(value: Any, harmless: tuple[Any, ...]) -> bool:
     return any(type(value) is type(one) and value == one for one in harmless)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in it are some: they may be told again, and nobody could read them."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if isinstance(value, Mapping | list):
+            left += value.values() if isinstance(value, Mapping) else value
+    return True
 
 
 def seed_of(seed: int) -> int:

@@ -1,11 +1,10 @@
-"""Bodies of the Responses and sessions API, and what they mean: messages, sampling, speculation."""
+"""Bodies of the Responses API, and what they mean: messages, sampling, tools."""
 
 from collections.abc import Mapping, Sequence as Items
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from outrider.engine.build import speculation_params
 from outrider.errors import RequestError
 from outrider.request import SamplingParams
 from outrider.serve.base import Body
@@ -15,8 +14,8 @@ from outrider.serve.schemas_generation import (
     MAX_LOGPROBS,
     REFUSED,
     GenerationBody,
-    OutriderOptions,
     Refusal,
+    SessionOptions,
 )
 from outrider.serve.structured import response_format, the_one
 from outrider.serve.tools import AUTO, FUNCTION, NONE, Tool, ToolUse
@@ -27,14 +26,6 @@ LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16  # pairs, as OpenAI has it
 TEXT_PARTS = ("input_text", "output_text", "text")
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-
-
-class SessionOptions(OutriderOptions):
-    """`outrider` in a body: how to speculate, which session, and what the client expects of it."""
-
-    session: str | None = None
-    if_head: str | None = None
-    on_conflict: Literal["error", "fork"] = "error"
 
 
 class CreateResponse(GenerationBody):
@@ -158,99 +149,11 @@ class CreateResponse(GenerationBody):
         return ToolUse(tools=tools, choice=choice, name=name, is_parallel=self.parallel_tool_calls)
 
 
-class CreateSession(Body):
-    """Body of `POST /v1/sessions`."""
+class Accept(Body):
+    """Body of `POST /v1/responses/{id}/accept`."""
 
-    model: str | None = None
-    instructions: str | None = None
-    token_ids: list[Count] | None = None
-    from_snapshot: str | None = None
-    ttl_s: Annotated[float, Field(gt=0)] | None = None
-    detach: Literal["continue", "abort"] = "abort"
-    conversation: str | None = None
-    speculation: dict[str, Any] | str | None = None
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=MAX_METADATA)
-
-    def check(self) -> None:
-        given = {
-            "instructions": self.instructions,
-            "token_ids": self.token_ids,
-            "from_snapshot": self.from_snapshot,
-        }
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise RequestError(f"{' and '.join(named)}: a session begins with one of them")
-
-    def asked_speculation(self) -> Mapping[str, Any] | None:
-        """Keys of `SpeculationParams` for the turns that say nothing; None for the engine's own.
-
-        `policy` names the method, and "auto" leaves it to the engine. RequestError for what no turn
-        could do.
-        """
-        if self.speculation is None:
-            return None
-        given = self.speculation
-        keys = {"policy": given} if isinstance(given, str) else dict(given)
-        for name, only in (("share", "session"), ("learn", True)):
-            if keys.pop(name, only) != only:
-                raise RequestError(f"speculation.{name}: only {only!r} is offered; leave it out")
-        if "policy" in keys:
-            keys["method"] = keys.pop("policy")
-        if keys.get("method") == "auto":
-            del keys["method"]
-        speculation_params(keys)
-        return keys or None
-
-
-class Conditional(Body):
-    """A change that may insist on the head it was made for."""
-
-    if_head: str | None = None
-    on_conflict: Literal["error", "fork"] = "error"
-
-
-class Append(Conditional):
-    """Body of `POST /v1/sessions/{id}/append`."""
-
-    input: str | list[dict[str, Any]] | None = None
-    token_ids: list[Count] | None = None
-    prefill: Literal["lazy", "eager"] = "lazy"
-
-
-class Fork(Body):
-    """Body of `POST /v1/sessions/{id}/fork`."""
-
-    at: str | Count | None = None
-    n: Annotated[int, Field(ge=1, le=64)] = 1
-
-
-class Rewind(Body):
-    """Body of `POST /v1/sessions/{id}/rewind`."""
-
-    to: str | Count
-    drop: bool = False
-    if_head: str | None = None
-
-
-class Truncate(Body):
-    """Body of `POST /v1/sessions/{id}/truncate`: how much of an answer was taken in."""
-
-    response_id: str | None = None
-    chars: Count | None = None
-    tokens: Count | None = None
-
-
-class Hint(Body):
-    """Body of `POST /v1/sessions/{id}/hint`."""
-
-    event: Literal["tool_wait", "resume_soon", "superseded", "idle", "final"]
-
-
-class Snapshot(Body):
-    """Body of `POST /v1/sessions/{id}/snapshot`."""
-
-    tier: Literal["host", "disk"] | None = None
-    include: list[Literal["kv", "spec", "stats"]] | None = None
+    chars: Count
+    item_id: str | None = None
 
 
 def messages_of(items: Items[Mapping[str, Any]]) -> list[Message]:

@@ -3,15 +3,16 @@
 import time
 from collections.abc import Mapping, Sequence as Items
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from outrider.engine.warmth import Readiness, Report
+from outrider.engine.warm_parts import Readiness
+from outrider.engine.warmth import Report
 from outrider.errors import SessionNotFound
 from outrider.request import SamplingParams, SpeculationParams
 from outrider.serve.base import Server
 from outrider.serve.session_store import SessionStore
-from outrider.session.canary import Tries
+from outrider.session.canary import History, Tries
 from outrider.session.records import Session
 from outrider.session.snapshot import Manifest
 from outrider.stream.events import RequestMetrics
@@ -40,6 +41,13 @@ class Warm:
     cold_reason: str | None = None
 
 
+class Kept(NamedTuple):
+    """A snapshot: its manifest, and the size of all that it names, written for it or before."""
+
+    manifest: Manifest
+    num_bytes: int
+
+
 class Warmer:
     """The warm state of sessions: a cache of their logs, never more."""
 
@@ -48,15 +56,15 @@ class Warmer:
         self._store = store
         self._used: dict[str, str] = {}  # session -> tenant, the last used at the end
 
-    async def keep(
-        self, tenant: str, session: Session, include: Items[str] = EVERYTHING
-    ) -> Manifest:
+    async def keep(self, tenant: str, session: Session, include: Items[str] = EVERYTHING) -> Kept:
         """Writes out what is warm of a session's present log."""
         tokens = await self._store.call(self._store.log.tokens, tenant, session.head)
         stats = await self._store.call(self._store.log.stats.get, tenant, session.id)
 
-        def write() -> Manifest:
-            return self._store.warmth.snapshot(tokens, tenant, include, statistics=stats)
+        def write() -> Kept:
+            warmth = self._store.warmth
+            manifest = warmth.snapshot(tokens, tenant, include, statistics=stats)
+            return Kept(manifest, warmth.bundles.num_bytes_of(manifest.bundles))
 
         return await self._server.engine.call(write)
 
@@ -69,15 +77,22 @@ class Warmer:
                 found = await self._store.call(self._store.log.get, tenant, session)
                 await self.keep(tenant, found)
 
-    async def warm_up(self, tenant: str, session: str, tokens: Items[int]) -> Warm:
-        """Loads what a cold session has stored; a session used by this process is warm already."""
-        is_known = self._used.get(session) == tenant
-        self.touch(tenant, session)
-        if is_known or not tokens:
-            return await self.resident(tenant, tokens)
-        return await self.restore(tenant, session, tokens)
+    async def warm_up(self, tenant: str, session: Session, tokens: Items[int]) -> Warm:
+        """Loads what is kept of a session and is not, or no longer, in the engine."""
+        is_known = self._used.get(session.id) == tenant
+        self.touch(tenant, session.id)
+        if not tokens:
+            return Warm()
+        state = await self._server.engine.call(self._store.warmth.state, tokens, tenant)
+        if is_known and not state.has_more:
+            return Warm(kv_tokens=state.kv_tokens, drafters=state.drafters)
+        warm = await self._restore(tenant, session.id, tokens)
+        difference = self._store.maker.difference(session)
+        if difference and not warm.kv_tokens:
+            warm = replace(warm, cold_reason=difference)
+        return warm
 
-    async def restore(self, tenant: str, session: str, tokens: Items[int]) -> Warm:
+    async def _restore(self, tenant: str, session: str, tokens: Items[int]) -> Warm:
         """Loads what is kept of a log and is not in the engine."""
         answers = [
             (stored.num_prompt, stored.num_tokens)
@@ -99,12 +114,23 @@ class Warmer:
             cold_reason=report.cold_reason or None,
         )
 
-    async def resident(self, tenant: str, tokens: Items[int]) -> Warm:
-        """How warm a log is now."""
-        if not tokens:
-            return Warm()
-        state = await self._server.engine.call(self._store.warmth.state, tokens, tenant)
-        return Warm(kv_tokens=state.kv_tokens, drafters=state.drafters)
+    async def _rebuild(self, tenant: str, tokens: tuple[int, ...], owner: str) -> int:
+        call, warmth = self._server.engine.call, self._store.warmth
+        num_wrong, done = await call(warmth.distrust, owner, tokens, tenant), 0
+        while done < num_wrong:
+            upto = await call(warmth.rebuild, owner, tokens, tenant, done)
+            if upto == done:
+                break
+            done = upto
+        return done
+
+    async def rebuild(self, tenant: str, tokens: tuple[int, ...], drafter: str) -> int:
+        """Forgets what is kept of a drafter's KV, and computes anew what is in the engine.
+
+        Returns how many tokens that were. Requests go on between its passes.
+        """
+        warmth = self._store.warmth
+        return sum([await self._rebuild(tenant, tokens, name) for name in warmth.owners(drafter)])
 
     async def prefill(self, tenant: str, tokens: tuple[int, ...]) -> None:
         """Computes the KV of a log by asking for one token that nobody reads."""
@@ -120,21 +146,27 @@ class Warmer:
         return drafters[drafter].warmth.value if drafter in drafters else None
 
     def ready_upto(self, warm: Warm, drafter: str, num_tokens: int) -> int:
-        """R0 is rebuilt from the tokens, so it is ready for all of them."""
+        """R0 is ready for all tokens; who composes others is as ready as the least of them."""
         if self.kind(drafter) == "R0":
             return num_tokens
-        ready = warm.drafters.get(drafter)
-        return ready.ready_upto if ready is not None else 0
+        drafters = warm.drafters
+        found = [drafters[drafter]] if drafter in drafters else drafters.values()
+        return min((ready.ready_upto for ready in found), default=0)
 
-    async def forget(self, tenant: str, session: Session) -> None:
-        """What is kept of its log, unless a branch may use it."""
-        branches = await self._store.call(self._store.log.branches, tenant, session.id)
-        if len(branches) == 1:
-            tokens = await self._store.call(self._store.log.tokens, tenant, session.head)
-            await self._server.engine.call(self._store.warmth.forget, tokens, tenant)
+    async def forget(self, tenant: str, session: str, keep: str | int | None = None) -> None:
+        """What is kept of its logs, but for what another session's log begins with.
+
+        Args:
+            keep: a place in it whose log is to stay as well.
+        """
+        call, warmth = self._server.engine.call, self._store.warmth
+        for tokens, num_shared in await self._store.call(
+            self._store.log.ways, tenant, session, keep
+        ):
+            await call(warmth.forget, tokens, tenant, num_shared)
 
     def touch(self, tenant: str, session: str) -> None:
-        """The session was used by this process, so what is warm of it is in the engine."""
+        """The session was used by this process: its answers are known to the drafters."""
         self._used.pop(session, None)
         self._used[session] = tenant
         if len(self._used) > MAX_USED:
@@ -148,14 +180,20 @@ class Warmer:
 def counts_of(metrics: RequestMetrics, num_draft_tokens: int) -> dict[str, Any]:
     """A turn's drafts: by position, drafted and jointly accepted; and tries, for the canary.
 
-    How deep each draft went is not told, so every draft counts at every position.
+    How deep each draft went is not told, so every draft counts at every position. Those that a
+    policy made short and that stood are no rejections: of these there are no more than of drafted
+    tokens that fell.
     """
     histogram = metrics.accepted_histogram
+    tries = Tries.of_histogram(histogram, num_draft_tokens)
+    num_fallen = metrics.num_draft_tokens - metrics.num_accepted_tokens
+    tries = tries._replace(rejected=min(tries.rejected, num_fallen))
     accepted = [sum(histogram[position:]) for position in range(1, len(histogram))]
     return {
         "drafted": [metrics.num_drafts] * max(len(accepted), 1),
         "accepted": accepted or [0],
-        "tries": Tries.of_histogram(histogram, num_draft_tokens)._asdict(),
+        "tries": tries._asdict(),
+        "turns": History.of([tries]).as_dict(),
     }
 
 

@@ -20,24 +20,26 @@ from outrider.errors import (
 from outrider.request import SamplingParams
 from outrider.serve.base import Server, server, tenant
 from outrider.serve.delivery import HEADER
-from outrider.serve.errors import ApiError
+from outrider.serve.errors import ApiError, as_api_error, named_in
 from outrider.serve.response_service import Responses
-from outrider.serve.schemas_responses import (
+from outrider.serve.schemas_generation import STREAMED
+from outrider.serve.schemas_responses import CreateResponse, messages_of
+from outrider.serve.schemas_sessions import (
     Append,
-    CreateResponse,
     CreateSession,
     Fork,
     Hint,
     Rewind,
+    SessionResponse,
     Snapshot,
     Truncate,
-    messages_of,
 )
-from outrider.serve.session_service import Sessions, summary
-from outrider.serve.session_warmth import EVERYTHING, Warm
+from outrider.serve.session_counters import SessionMetrics
+from outrider.serve.session_service import Sessions
+from outrider.serve.session_view import created, restored, summary
+from outrider.serve.session_warmth import EVERYTHING
 from outrider.serve.sse import event_stream
 from outrider.serve.usage import in_force
-from outrider.session.records import Head
 
 Here = Annotated[Server, Depends(server)]
 Who = Annotated[str, Depends(tenant)]
@@ -61,12 +63,13 @@ class SessionRoute(APIRoute):
 def told(error: SessionError) -> ApiError:
     """The failure as HTTP has it."""
     if isinstance(error, SessionNotFound):
-        return ApiError(404, str(error), type="invalid_request_error", code="not_found")
+        kind, param = "invalid_request_error", named_in(error)
+        return ApiError(404, str(error), type=kind, code="not_found", param=param)
     if isinstance(error, SessionConflict):
         return ApiError(409, str(error), code="conflict", param=error.head and "if_head")
     if isinstance(error, QuotaExceeded):
         return ApiError(403, str(error), code="quota_exceeded")
-    return ApiError(503, str(error), code="storage_failed", headers={"Retry-After": "5"})
+    return as_api_error(error)
 
 
 def sessions(here: Here) -> Sessions:
@@ -91,6 +94,7 @@ async def lifespan(here: Server) -> AsyncIterator[None]:
     """Opens the log, and takes up what a crash has interrupted."""
     kept = here.sessions = Sessions(here)
     kept.service = made = Responses(here, kept)
+    here.metrics.registry.register(SessionMetrics(kept.counters, here.model_name))
     try:
         kept.start()
         await made.start()
@@ -107,21 +111,17 @@ async def create_session(body: CreateSession, here: Here, who: Who, kept: Kept) 
     """A new session, empty, with tokens, or where a snapshot was taken."""
     body.check()
     here.check_model(body.model)
-    speculation = body.asked_speculation()
-    if speculation is not None:
-        in_force(here, speculation_params(speculation), SamplingParams())
+    settings = body.settings()
+    if settings.get("speculation") is not None:
+        in_force(here, speculation_params(settings["speculation"]), SamplingParams())
     if body.from_snapshot is not None:
-        head, warm = await kept.from_snapshot(who, body.from_snapshot)
-        return {**_created(head), "outrider": {"session": _restored(head, warm)}}
-    settings = {
-        "instructions": body.instructions,
-        "detach": body.detach,
-        "speculation": speculation,
-        "metadata": body.metadata,
-    }
-    given = {key: value for key, value in settings.items() if value}
+        head, warm = await kept.from_snapshot(
+            who, body.from_snapshot, settings, body.ttl_s, body.conversation
+        )
+        return {**created(head), "outrider": {"session": restored(head, warm)}}
+    given = {name: value for name, value in settings.items() if value is not None}
     tokens = body.token_ids or ()
-    return _created(await kept.create(who, tokens, given, body.ttl_s, body.conversation))
+    return created(await kept.create(who, tokens, given, body.ttl_s, body.conversation))
 
 
 @router.get("", response_model=None)
@@ -151,7 +151,7 @@ async def delete_session(session_id: str, who: Who, kept: Kept, made: Made) -> d
     found = await kept.find(who, session_id)
     running = kept.response_in(found.id)
     if running is not None and made.live_of(who, running) is not None:
-        await made.cancel(who, running)
+        await made.delete(who, running)
     await kept.delete(who, found.id)
     return {"id": found.id, "object": "session", "deleted": True}
 
@@ -159,10 +159,9 @@ async def delete_session(session_id: str, who: Who, kept: Kept, made: Made) -> d
 @router.post("/{session_id}/append", response_model=None)
 async def append(session_id: str, body: Append, who: Who, kept: Kept) -> dict[str, Any]:
     """Input that is not answered yet."""
-    if (body.input is None) == (body.token_ids is None):
-        raise RequestError("append: give input or token_ids, one of them")
+    body.check()
     items = CreateResponse(input=body.input).items if body.input is not None else []
-    head = await kept.append(
+    head = await kept.places.append(
         who,
         session_id,
         messages_of(items),
@@ -171,50 +170,46 @@ async def append(session_id: str, body: Append, who: Who, kept: Kept) -> dict[st
         on_conflict=body.on_conflict,
         is_eager=body.prefill == "eager",
     )
-    return _created(head)
+    return created(head)
 
 
-@router.post("/{session_id}/responses", response_model=None)
+@router.post("/{session_id}/responses", response_model=None, responses=STREAMED)
 async def respond(
     session_id: str,
-    body: CreateResponse,
+    body: SessionResponse,
     who: Who,
-    kept: Kept,
     made: Made,
     stream_header: Annotated[str, Header(alias=HEADER)] = "",
-    if_head: str | None = None,
 ) -> Response:
-    """A response in this session; the body is that of /v1/responses."""
-    names = (body.conversation, body.previous_response_id, body.outrider.session)
-    if any(name is not None for name in names):
-        raise RequestError("the path names the session: leave out the others that the body names")
-    options = {"session": session_id}
-    if if_head is not None:
-        options["if_head"] = if_head
-    asked = body.model_copy(update={"outrider": body.outrider.model_copy(update=options)})
-    return await answer(made, who, asked, {}, stream_header)
+    """A response in this session; the body is that of /v1/responses, with `if_head`."""
+    return await answer(made, who, body.asked(session_id), {}, stream_header)
 
 
 @router.post("/{session_id}/fork", response_model=None)
 async def fork(session_id: str, body: Fork, who: Who, kept: Kept) -> dict[str, Any]:
     """Branches that share the log up to a place."""
-    heads = await kept.fork(who, session_id, body.at, body.n)
-    return {"object": "list", "data": [_created(head) for head in heads]}
+    heads = await kept.places.fork(who, session_id, body.at, body.n, body.if_head)
+    return {"object": "list", "data": [created(head) for head in heads]}
 
 
 @router.post("/{session_id}/rewind", response_model=None)
 async def rewind(session_id: str, body: Rewind, who: Who, kept: Kept) -> dict[str, Any]:
     """Back to an earlier place."""
-    return _created(await kept.rewind(who, session_id, body.to, body.drop, body.if_head))
+    return created(await kept.places.rewind(who, session_id, body.to, body.drop, body.if_head))
 
 
 @router.post("/{session_id}/truncate", response_model=None)
 async def truncate(session_id: str, body: Truncate, who: Who, kept: Kept) -> dict[str, Any]:
     """An answer ends where its reader stopped to listen."""
-    head = await kept.truncate(
-        who, session_id, body.response_id, chars=body.chars, tokens=body.tokens
+    head = await kept.places.truncate(
+        who,
+        session_id,
+        body.response_id,
+        chars=body.chars,
+        tokens=body.tokens,
+        if_head=body.if_head,
     )
-    return _created(head)
+    return created(head)
 
 
 @router.post("/{session_id}/hint", response_model=None)
@@ -232,7 +227,7 @@ async def snapshot(session_id: str, body: Snapshot, who: Who, kept: Kept) -> dic
             f"tier={body.tier!r}: this server keeps snapshots on {kept.warmth.tier!r}; "
             "start it with --state-dir for 'disk', without for 'host'"
         )
-    head, manifest = await kept.snapshot(who, session_id, body.include or EVERYTHING)
+    head, (manifest, num_bytes) = await kept.snapshot(who, session_id, body.include or EVERYTHING)
     parts = manifest.parts
     return {
         "id": head.id,
@@ -242,7 +237,8 @@ async def snapshot(session_id: str, body: Snapshot, who: Who, kept: Kept) -> dic
         "n_tokens": head.num_tokens,
         "tier": kept.warmth.tier,
         "kv_tokens": parts["target"].num_tokens if "target" in parts else 0,
-        "bytes": sum(part.num_bytes for part in parts.values()),
+        "bytes": num_bytes,
+        "bytes_written": manifest.num_bytes,
         "ready_upto": dict(manifest.watermarks),
     }
 
@@ -257,27 +253,3 @@ async def answer(
     if body.background:
         return JSONResponse({**live.body, "status": "queued"})
     return JSONResponse(await made.whole(live))
-
-
-def _created(head: Head) -> dict[str, Any]:
-    return {
-        "id": head.session,
-        "object": "session",
-        "head": head.id,
-        "n_tokens": head.num_tokens,
-    }
-
-
-def _restored(head: Head, warm: Warm) -> dict[str, Any]:
-    return {
-        "id": head.session,
-        "head": head.id,
-        "kv_hit_tokens": warm.kv_tokens,
-        "spec": {
-            name: {"class": ready.warmth, "ready_upto": ready.ready_upto}
-            for name, ready in warm.drafters.items()
-        },
-        "restored_from": warm.restored_from,
-        "restore_ms": round(warm.restore_ms, 3),
-        "cold_reason": warm.cold_reason,
-    }

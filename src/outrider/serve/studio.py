@@ -1,4 +1,4 @@
-"""The studio: the page at /, its files, and what it asks about drafters and rules."""
+"""The studio: the page at /, its files, and what it asks about methods and sessions."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import FileResponse, Response
 
 from outrider.engine.engine import Engine
-from outrider.engine.resolve import DEFAULT_VERIFIER, resolve
-from outrider.errors import ConfigError, RequestError
+from outrider.engine.resolve import DEFAULT_VERIFIER
+from outrider.errors import ConfigError, RequestError, SessionError
 from outrider.registry import DRAFTERS, VERIFIERS, Registry
 from outrider.request import (
     MAX_DRAFT_TOKENS,
@@ -23,6 +23,9 @@ from outrider.request import (
 )
 from outrider.serve.base import ServeConfig, Server, server, tenant
 from outrider.serve.errors import ApiError
+from outrider.serve.session_service import Sessions
+from outrider.serve.sessions import told
+from outrider.serve.transcript import transcript
 from outrider.stream.options import StreamOptions
 from outrider.verify.base import Exactness
 
@@ -96,6 +99,32 @@ def methods(
     }
 
 
+@router.get("/v1/outrider/transcripts/{session_id}")
+async def session_transcript(
+    session_id: str,
+    here: Annotated[Server, Depends(server)],
+    who: Annotated[str, Depends(tenant)],
+) -> dict[str, Any]:
+    """What was said in a session, turn by turn, up to where it is.
+
+    `begin` and `end` of a turn are places in the session's log, as fork and rewind take them.
+    """
+    kept = here.sessions
+    if not isinstance(kept, Sessions):
+        raise ApiError(404, "this server keeps no sessions")
+    try:
+        head, turns = await transcript(kept, here.tokenizer, who, session_id)
+    except SessionError as error:
+        raise told(error) from error
+    return {
+        "object": "list",
+        "session": head.session,
+        "head": head.id,
+        "n_tokens": head.num_tokens,
+        "data": [turn.as_dict() for turn in turns],
+    }
+
+
 def _file(name: str) -> Response:
     path = FILES[name]
     return FileResponse(path, media_type=TYPES[path.suffix], headers=HEADERS)
@@ -109,10 +138,12 @@ def _endpoints(paths: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _defaults(here: Server) -> dict[str, str]:
     """What serves a request that says nothing about speculation."""
     engine = here.llm.engine
-    found = resolve(
-        here.llm.speculation, GREEDY, engine.drafters, engine.default_drafter, engine.draft_model
-    )
-    return {"method": found.drafter or "off", "rule": found.verifier}
+    found = engine.resolve(here.llm.speculation, GREEDY)
+    return {
+        "method": found.drafter or "off",
+        "rule": found.verifier,
+        "policy": found.policy if found.drafter else engine.controller.default,
+    }
 
 
 def _methods(engine: Engine, rules: list[str]) -> Iterator[dict[str, Any]]:
@@ -170,7 +201,7 @@ def _takes(engine: Engine, drafter: Any, rule: str) -> bool:
 def _refusal(engine: Engine, asked: SpeculationParams) -> str | None:
     """Why this engine would refuse such a request, None where it would not."""
     try:
-        resolve(asked, GREEDY, engine.drafters, engine.default_drafter, engine.draft_model)
+        engine.resolve(asked, GREEDY)
     except (RequestError, ConfigError) as error:
         return str(error)
     return None

@@ -1,23 +1,31 @@
 """/tokenize and /detokenize, in vLLM's shape."""
 
-from typing import Any, Literal
+from collections.abc import Sequence as Items
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from outrider.errors import RequestError
 from outrider.serve.base import Body, Server, server, tenant
+from outrider.serve.chat import prompt_of
+from outrider.serve.schemas_chat import ChatBody, ChatMessage, ChatTool
 
+STRICT = ConfigDict(extra="forbid", strict=True)
+OF_CHAT = ("tools", "tool_choice", "chat_template_kwargs")
 router = APIRouter(tags=["tokens"], dependencies=[Depends(tenant)])
 
 
 class TokenizeBody(Body):
-    """A text, or a conversation that the chat template turns into one."""
+    """A text, or a conversation, which becomes the prompt that chat would make of it."""
+
+    model_config = STRICT
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: list[ChatTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: Literal[True] = True
     add_special_tokens: bool | None = Field(None, description="true for a prompt, if unset")
@@ -26,6 +34,8 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     """Token ids."""
+
+    model_config = STRICT
 
     model: str | None = None
     tokens: list[int]
@@ -57,18 +67,14 @@ async def detokenize(body: DetokenizeBody, server: Server = Depends(server)) -> 
     return {"prompt": server.needed_tokenizer().decode(body.tokens, skip_special_tokens=False)}
 
 
-def _ids(body: TokenizeBody, server: Server) -> list[int]:
+def _ids(body: TokenizeBody, server: Server) -> Items[int]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt=: give either prompt or messages")
-    tokenizer = server.needed_tokenizer()
-    if body.prompt is not None:
-        for name in ("tools", "chat_template_kwargs"):
-            if getattr(body, name) is not None:
-                raise RequestError(f"{name}=...: goes with messages, not with prompt")
-        return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
-    if body.add_special_tokens:
-        raise RequestError("add_special_tokens=True: the chat template brings its own; drop it")
-    tools = {} if body.tools is None else {"tools": body.tools}
-    return tokenizer.apply_chat_template(
-        body.messages or [], {**tools, **(body.chat_template_kwargs or {})}
-    )
+    given = {name: getattr(body, name) for name in OF_CHAT if getattr(body, name) is not None}
+    if body.prompt is None:
+        if body.add_special_tokens:
+            raise RequestError("add_special_tokens=True: the chat template brings its own; drop it")
+        return prompt_of(server, ChatBody(messages=body.messages or [], **given))
+    for name in given:
+        raise RequestError(f"{name}=...: goes with messages, not with prompt")
+    return server.needed_tokenizer().encode(body.prompt, body.add_special_tokens is not False)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from outrider.errors import RequestError
-from outrider.serve.calls import PARSERS, CallParser, ForcedArgumentsParser, ForcedCallsParser
+from outrider.serve.call_formats import PARSERS, ForcedArgumentsParser, ForcedCallsParser
+from outrider.serve.call_parser import CallParser
 
 AUTO, NONE, REQUIRED, FUNCTION = "auto", "none", "required", "function"
 

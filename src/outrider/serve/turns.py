@@ -4,8 +4,9 @@ import uuid
 from dataclasses import dataclass
 
 from outrider.request import Speculation
-from outrider.serve.calls import CallParser, Piece, Reply, Text, read
-from outrider.serve.generation import Answer, Ask
+from outrider.serve.call_parser import CallParser, read
+from outrider.serve.calls import Piece, Reply, Text
+from outrider.serve.generation import Ask
 from outrider.serve.tools import ToolUse
 from outrider.stream.events import Committed
 
@@ -18,7 +19,7 @@ class Turn:
         id: of the response, and of the request in the engine.
         speculation: `ask.speculation` with its defaults filled in.
         template: the model's chat template, which decides how calls are written.
-        has_prediction: whether the client sent one.
+        num_predicted: tokens of the prediction that the client sent.
     """
 
     id: str
@@ -26,14 +27,14 @@ class Turn:
     speculation: Speculation
     tool_use: ToolUse
     template: str = ""
-    has_prediction: bool = False
+    num_predicted: int = 0
 
-    def read(self, answer: Answer) -> Reply:
+    def read(self, text: str) -> Reply:
         """Content and calls of a whole answer."""
         parser = self.parser()
         if parser is None:
-            return Reply(answer.text, ())
-        reply = read(parser, answer.text)
+            return Reply(text, ())
+        reply = read(parser, text)
         return reply if self.tool_use.is_parallel else reply._replace(calls=reply.calls[:1])
 
     def parser(self) -> CallParser | None:

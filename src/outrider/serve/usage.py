@@ -5,7 +5,6 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
-from outrider.engine.resolve import resolve
 from outrider.errors import RequestError
 from outrider.request import SamplingParams, Speculation, SpeculationParams
 from outrider.serve.base import Server
@@ -35,14 +34,8 @@ def in_force(
         RequestError, PairError: the engine cannot do it. RequestError: this server does not let
             requests ask for such a rule.
     """
-    engine = server.llm.engine
-    found = resolve(
-        server.llm.speculation if params is None else params,
-        sampling,
-        engine.drafters,
-        engine.default_drafter,
-        engine.draft_model,
-    )
+    asked = server.llm.speculation if params is None else params
+    found = server.llm.engine.resolve(asked, sampling)
     check_rule(server.config, found)
     return found
 
@@ -61,29 +54,39 @@ def check_rule(config: ServeConfig, speculation: Speculation) -> None:
         )
 
 
-def exactness(speculation: Speculation) -> dict[str, Any]:
-    """`outrider.exactness` of a response; a rule that changes the law is named with its options."""
+def exactness(
+    speculation: Speculation, metrics: Items[RequestMetrics] | None = None
+) -> dict[str, Any]:
+    """`outrider.exactness` of a response; a rule that changes the law is named with its options.
+
+    Args:
+        metrics: of the completions, once they are complete: of a lossy rule they tell how many
+            tokens stand only because of it.
+    """
     rule = _rule(speculation)
     is_exact = rule.exactness in (Exactness.EXACT, Exactness.EXACT_GREEDY)
     options = {name: option.default for name, option in rule.options.items()}
-    return {
+    found = {
         "mode": str(rule.exactness),
         "method": None if is_exact else rule.name,
         "params": {} if is_exact else {**options, **dict(speculation.verifier_options)},
     }
+    if metrics is not None and rule.exactness is Exactness.LOSSY:
+        found["relaxed_tokens"] = sum(m.num_relaxed_tokens for m in metrics)
+    return found
 
 
-def usage(metrics: Items[RequestMetrics], *, has_prediction: bool = False) -> dict[str, Any]:
+def usage(metrics: Items[RequestMetrics], *, num_predicted: int = 0) -> dict[str, Any]:
     """OpenAI's `usage` of the completions of one prompt.
 
     Args:
-        has_prediction: whether the client sent one; drafts are accounted for only then. Rejected
-            tokens are not among the completion tokens.
+        num_predicted: tokens of the client's prediction. Each completion took some of them and
+            rejected the others, however often these were drafted; rejected tokens are not among
+            the completion tokens.
     """
     num_prompt = metrics[0].num_prompt_tokens if metrics else 0
     num_completion = sum(m.num_generated_tokens for m in metrics)
-    num_accepted = sum(m.num_accepted_tokens for m in metrics) if has_prediction else 0
-    num_drafted = sum(m.num_draft_tokens for m in metrics) if has_prediction else 0
+    num_accepted = sum(min(m.num_accepted_tokens, num_predicted) for m in metrics)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
@@ -96,7 +99,7 @@ def usage(metrics: Items[RequestMetrics], *, has_prediction: bool = False) -> di
             "reasoning_tokens": 0,
             "audio_tokens": 0,
             "accepted_prediction_tokens": num_accepted,
-            "rejected_prediction_tokens": num_drafted - num_accepted,
+            "rejected_prediction_tokens": num_predicted * len(metrics) - num_accepted,
         },
     }
 
@@ -120,7 +123,10 @@ def metrics_of(metrics: Items[RequestMetrics], speculation: Speculation) -> dict
 def speculative_decoding(
     metrics: Items[RequestMetrics], speculation: Speculation
 ) -> dict[str, Any]:
-    """Counts are of real proposals, also where K varies; `num_spec_tokens` is the K asked for."""
+    """Counts are of real proposals, also where K varies; `num_spec_tokens` is the most allowed.
+
+    `policy` is who decided how far to draft in each step; None where nothing may be drafted.
+    """
     num_drafts = sum(m.num_drafts for m in metrics)
     num_drafted = sum(m.num_draft_tokens for m in metrics)
     num_accepted = sum(m.num_accepted_tokens for m in metrics)
@@ -133,6 +139,7 @@ def speculative_decoding(
         "num_accepted_draft_tokens": num_accepted,
         "num_draft_tokens": num_drafted,
         "num_spec_tokens": speculation.num_draft_tokens,
+        "policy": speculation.policy if speculation.drafter else None,
     }
 
 

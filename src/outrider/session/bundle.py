@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterator, Mapping, Sequence as Items
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence as Items
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -88,6 +88,10 @@ class BundleStore:
     def __iter__(self) -> Iterator[Bundle]:
         """Least recently used first."""
         return iter(list(self._bundles.values()))
+
+    def num_bytes_of(self, names: Iterable[str]) -> int:
+        """Of the tensors of those bundles that are there."""
+        return sum(self._bundles[name].num_bytes for name in set(names) if name in self._bundles)
 
     def find(self, fingerprint: Fingerprint, hashes: Items[str]) -> list[Found]:
         """Who holds the blocks with these hashes, as far as they go without a gap."""

@@ -4,9 +4,10 @@ Stale or foreign draft KV changes no output, for the target decides; it only mak
 nothing else reports it. Acceptance is the one witness.
 """
 
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Mapping, Sequence as Items
+from dataclasses import dataclass
 from math import exp, lgamma
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 LEVEL = 1e-3  # one false alarm in a thousand restores
 # Of one stretch of text against the next, where too few were seen to tell: the demo pair, K = 4,
@@ -45,6 +46,45 @@ class Tries(NamedTuple):
         return self.accepted / self.total if self.total else 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """How the turns of a session fared, in sums: two histories add up number by number.
+
+    Attributes:
+        num_turns: those with tries.
+        squares: sum over the turns of accepted**2 / total, which tells how much they differ.
+    """
+
+    num_turns: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, turns: Iterable[Tries]) -> Self:
+        """One entry per turn."""
+        known = [turn for turn in turns if turn.total]
+        return cls(
+            num_turns=len(known),
+            accepted=sum(turn.accepted for turn in known),
+            rejected=sum(turn.rejected for turn in known),
+            squares=sum(turn.accepted**2 / turn.total for turn in known),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `as_dict` gave, or a sum of such; of other members nothing is read."""
+        return cls(**{name: values.get(name, 0) for name in cls.__dataclass_fields__})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def total(self) -> int:
+        return self.accepted + self.rejected
+
+
 class Judgement(NamedTuple):
     """What `judge` found.
 
@@ -64,23 +104,22 @@ class Judgement(NamedTuple):
     dispersion: float
 
 
-def judge(history: Items[Tries], recent: Tries, *, level: float = LEVEL) -> Judgement:
-    """Compares tries after a restore with a session's own history, one entry per turn.
+def judge(history: History, recent: Tries, *, level: float = LEVEL) -> Judgement:
+    """Compares tries after a restore with a session's own history.
 
     The rate of a stretch of text is Beta distributed around the session's mean, so the accepted
     tokens of the next one are beta-binomial (two-sided test). The spread has two sources: turns
     differ, which the turns themselves tell (moments, as for a binomial with a common intraclass
-    correlation), and the mean is known from finitely many tries. No history, or no recent tries,
-    is no reason for alarm.
+    correlation), and the mean is known from finitely many tries, reckoned as if turns were of
+    one length. No history, or no recent tries, is no reason for alarm.
     """
-    known = [turn for turn in history if turn.total]
-    if not known or not recent.total:
+    if not history.total or not recent.total:
         return Judgement(False, False, 1.0, 0.0, recent.rate, DISPERSION)
     # Half a try of each kind: a session that was never rejected may be rejected now.
-    num_tries = sum(turn.total for turn in known) + 1.0
-    mean = (sum(turn.accepted for turn in known) + 0.5) / num_tries
-    dispersion = _dispersion(known, mean)
-    effective = sum(turn.total / (1 + (turn.total - 1) * dispersion) for turn in known)
+    mean = (history.accepted + 0.5) / (history.total + 1.0)
+    dispersion = _dispersion(history, mean)
+    length = history.total / history.num_turns
+    effective = history.total / (1 + (length - 1) * dispersion)
     spread = min(dispersion + 1 / (effective + 1), 0.99)
     concentration = 1 / spread - 1
     a, b = mean * concentration, (1 - mean) * concentration
@@ -93,15 +132,13 @@ def judge(history: Items[Tries], recent: Tries, *, level: float = LEVEL) -> Judg
     )
 
 
-def _dispersion(turns: Items[Tries], mean: float) -> float:
+def _dispersion(history: History, mean: float) -> float:
     """Intraclass correlation by moments, drawn towards the usual one where turns are few."""
-    excess = spare = 0.0
-    for turn in turns:
-        variance = turn.total * mean * (1 - mean)
-        excess += (turn.accepted - turn.total * mean) ** 2 / variance - 1
-        spare += turn.total - 1
+    squares = history.squares - 2 * mean * history.accepted + mean**2 * history.total
+    excess = squares / (mean * (1 - mean)) - history.num_turns
+    spare = history.total - history.num_turns
     seen = max(0.0, (excess + 1) / spare) if spare else 0.0  # + 1: the mean is theirs too
-    weight = len(turns) - 1
+    weight = history.num_turns - 1
     return min((weight * seen + 4 * DISPERSION) / (weight + 4), 0.5)
 
 

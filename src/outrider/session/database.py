@@ -45,7 +45,7 @@ class Database:
         self.path = str(path)
         self._lock = Lock()
         with self._explained():
-            _make_private(self.path)
+            make_private(self.path)
             self._connection = sqlite3.connect(
                 self.path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
             )
@@ -129,13 +129,20 @@ class Database:
         return False
 
 
-def _make_private(path: str) -> None:
-    """Makes the file, for its owner only: it holds what users wrote."""
+def make_private(path: str) -> None:
+    """Makes the file, for its owner only, who may write to it: it holds what users wrote.
+
+    Raises:
+        SessionStorageError: it cannot be made, or read and written.
+    """
     if path == MEMORY:
         return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        for name in (path, f"{path}-wal", f"{path}-shm"):
+            with suppress(FileNotFoundError, PermissionError):  # another owner's stays as it is
+                os.chmod(name, 0o600)
     except OSError as error:
         remedy = REMEDIES[sqlite3.SQLITE_CANTOPEN]
         raise SessionStorageError(f"session log {path!r}: {error.strerror}; {remedy}") from error

@@ -14,18 +14,22 @@ from outrider.session.segments import Place
 
 OnConflict: TypeAlias = Literal["error", "fork"]
 ID_BYTES = 18
+NO_CHANGES: Mapping[str, Any] = {}
 
-SESSION = """
+# A session in which a response is being made does not expire.
+LIVING = """(expires_at IS NULL OR expires_at > :now
+    OR EXISTS (SELECT 1 FROM turn WHERE turn.session = session.id))"""
+SESSION = f"""
 SELECT session.id, session.tenant, root, conversation, fingerprint, created, ttl_s, expires_at,
     settings, head.id, head.session, head.stop, head.seq, head.response_id
 FROM session JOIN head ON head.session = session.id
     AND head.seq = (SELECT max(seq) FROM head AS last WHERE last.session = session.id)
-WHERE session.tenant = :tenant AND (expires_at IS NULL OR expires_at > :now)
+WHERE session.tenant = :tenant AND {LIVING}
 """
-HEAD = """
+HEAD = f"""
 SELECT head.id, head.session, stop, seq, response_id
 FROM head JOIN session ON session.id = head.session
-WHERE head.tenant = :tenant AND (expires_at IS NULL OR expires_at > :now)
+WHERE head.tenant = :tenant AND {LIVING}
 """
 REMEDIES = {
     "tokens": "delete sessions, or let old ones expire",
@@ -59,23 +63,31 @@ class Ledger:
         bound = {"tenant": self.tenant, "now": self.now, **values}
         return tuple(Head(*row) for row in self.db.execute(HEAD + condition, bound))
 
-    def head(self, head: str, session: str | None = None) -> Head:
-        """The head of that id; with `session`, only if it is one of that session's."""
+    def head(self, head: str, session: str | None = None, name: str = "head") -> Head:
+        """The head of that id; with `session`, only if it is one of that session's.
+
+        Args:
+            name: what the caller calls it, for the error.
+        """
         found = self.heads("AND head.id = :id", id=head)
         if not found or session not in (None, found[0].session):
-            raise SessionNotFound(f"no head {head!r}: it was dropped, or its session is gone")
+            raise SessionNotFound(f"{name}={head!r}: no such head; it was dropped, or never was")
         return found[0]
 
     def place(self, head: Head) -> Place:
         row = self.db.execute("SELECT segment, stop FROM head WHERE id = ?", (head.id,))
         return Place(*row.fetchone())
 
-    def resolve(self, session: Session, at: str | int | None) -> Place:
-        """A head's id, a number of tokens from the session's head back, or that head itself."""
+    def resolve(self, session: Session, at: str | int | None, name: str) -> Place:
+        """A head's id, a number of tokens from the session's head back, or that head itself.
+
+        Args:
+            name: what the caller calls the place, for errors.
+        """
         if isinstance(at, str):
-            return self.place(self.head(at, session.id))
+            return self.place(self.head(at, session.id, name))
         place = self.place(session.head)
-        return place if at is None else segments.locate(self.db, place, at)
+        return place if at is None else segments.locate(self.db, place, at, name)
 
     def create(
         self,
@@ -96,10 +108,29 @@ class Ledger:
         )  # fmt: skip
         return session
 
-    def fork(self, session: Session, place: Place) -> Head:
-        """A session of its own that begins at `place`, with a copy of the statistics."""
-        settings = json.dumps(session.settings)
-        new = self.create(session.fingerprint, settings, session.ttl_s, root=session.root)
+    def fork(
+        self,
+        session: Session,
+        place: Place,
+        changes: Mapping[str, Any] = NO_CHANGES,
+        ttl_s: float | None = None,
+        conversation: str | None = None,
+    ) -> Head:
+        """A session of its own that begins at `place`, with a copy of the statistics.
+
+        Args:
+            changes: settings in place of those that are copied; None takes one away.
+            ttl_s: None is that of the session.
+        """
+        changed = {**session.settings, **changes}
+        settings = to_json("settings", {k: v for k, v in changed.items() if v is not None})
+        new = self.create(
+            session.fingerprint,
+            settings,
+            session.ttl_s if ttl_s is None else ttl_s,
+            conversation=conversation,
+            root=session.root,
+        )
         copy = "INSERT INTO stats SELECT ?, drafter, json FROM stats WHERE session = ?"
         self.db.execute(copy, (new, session.id))
         return self.add_head(new, place)
@@ -141,7 +172,7 @@ class Ledger:
                 " read it and send again, or fork on conflict",
                 head=session.head.id,
             )
-        place = self.resolve(session, if_head)
+        place = self.resolve(session, if_head, "if_head")
         return self.fork(session, place).session, place
 
     def touch(self, session: Session) -> None:
@@ -160,19 +191,40 @@ class Ledger:
         segments.prune(self.db, {part for _, part in dropped})
 
     def check_quota(self, before: Usage) -> None:
-        """QuotaExceeded if the tenant now stores more than `before`, and more than it may."""
-        if not self._over(before):
+        """QuotaExceeded if the tenant now stores more than `before`, and more than it may.
+
+        What has expired does not count, though it is still there: who lets it go has more to let
+        go than the log knows of.
+        """
+        now = self.usage()
+        if not self._over(before, now):
             return
-        remove_expired(self.db, self.now)  # what is over does not count
-        for name in self._over(before):
+        num_gone = [had - has for had, has in zip(now, self._without_expired(), strict=True)]
+        left = Usage(*(count - gone for count, gone in zip(now, num_gone, strict=True)))
+        old = Usage(*(count - gone for count, gone in zip(before, num_gone, strict=True)))
+        for name in self._over(old, left):
             raise QuotaExceeded(
-                f"{getattr(self.usage(), name)} {name} would be stored, over the limit of"
+                f"{getattr(left, name)} {name} would be stored, over the limit of"
                 f" {getattr(self.quota, name)} for one tenant: {REMEDIES[name]}"
             )
 
-    def _over(self, before: Usage) -> list[str]:
-        limits = zip(Quota._fields, before, self.usage(), self.quota, strict=True)
+    def _over(self, before: Usage, now: Usage) -> list[str]:
+        limits = zip(Quota._fields, before, now, self.quota, strict=True)
         return [name for name, old, new, top in limits if top is not None and new > max(old, top)]
+
+    def _without_expired(self) -> Usage:
+        self.db.execute("SAVEPOINT counting")
+        remove_expired(self.db, self.now)
+        found = self.usage()
+        self.db.execute("ROLLBACK TO counting")
+        self.db.execute("RELEASE counting")
+        return found
+
+    def free_conversation(self, conversation: str) -> None:
+        """The name of a session that has expired is free again."""
+        update = f"""UPDATE session SET conversation = NULL
+            WHERE tenant = :tenant AND conversation = :name AND NOT {LIVING}"""
+        self.db.execute(update, {"tenant": self.tenant, "now": self.now, "name": conversation})
 
     def usage(self) -> Usage:
         query = "SELECT tokens, sessions, heads FROM usage WHERE tenant = ?"
@@ -180,10 +232,13 @@ class Ledger:
         return Usage(*row) if row else Usage()
 
     def check_response(self, response_id: str | None) -> None:
-        """SessionConflict if a response of that id has been stored."""
-        query = "SELECT 1 FROM head WHERE tenant = ? AND response_id = ?"
-        if self.db.execute(query, (self.tenant, response_id)).fetchone():
+        """SessionConflict if a response of that id has been stored, in a session that lives."""
+        if response_id is None:
+            return
+        if self.heads("AND response_id = :id", id=response_id):
             raise SessionConflict(f"response {response_id!r} is stored already: name it otherwise")
+        update = "UPDATE head SET response_id = NULL WHERE tenant = ? AND response_id = ?"
+        self.db.execute(update, (self.tenant, response_id))
 
 
 def remove(db: sqlite3.Connection, session: str) -> None:
@@ -194,13 +249,19 @@ def remove(db: sqlite3.Connection, session: str) -> None:
     segments.prune(db, used)
 
 
+def expired(db: sqlite3.Connection, now: float) -> tuple[tuple[str, str], ...]:
+    """(tenant, id) of all sessions, of any tenant, whose time is over."""
+    query = f"""SELECT tenant, id FROM session WHERE expires_at <= :now AND NOT {LIVING}
+        ORDER BY expires_at, id"""
+    return tuple(db.execute(query, {"now": now}))
+
+
 def remove_expired(db: sqlite3.Connection, now: float) -> tuple[str, ...]:
     """Deletes all sessions, of any tenant, whose time is over; returns their ids."""
-    query = "SELECT id FROM session WHERE expires_at <= ? ORDER BY expires_at, id"
-    expired = tuple(session for (session,) in db.execute(query, (now,)))
-    for session in expired:
+    found = tuple(session for _, session in expired(db, now))
+    for session in found:
         remove(db, session)
-    return expired
+    return found
 
 
 def to_json(name: str, value: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """SessionLog: the durable tree of tokens that a session is, with its forks, heads and owners."""
 
+import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,20 @@ from outrider.errors import RequestError, SessionConflict, SessionNotFound
 from outrider.request import MAX_N
 from outrider.session import segments
 from outrider.session.database import Database
-from outrider.session.index import BundleIndex
-from outrider.session.ledger import Ledger, OnConflict, remove, remove_expired, to_json
+from outrider.session.ledger import (
+    NO_CHANGES,
+    Ledger,
+    OnConflict,
+    expired,
+    remove,
+    remove_expired,
+    to_json,
+)
 from outrider.session.records import Head, Page, Quota, Session, Usage
 from outrider.session.segments import EMPTY, pack
 from outrider.session.statistics import StatsTable
 from outrider.session.turns import Turns
+from outrider.session.ways import Way, ways_of
 
 MAX_PAGE = 1000
 NO_SETTINGS: Mapping[str, Any] = {}
@@ -41,7 +50,6 @@ class SessionLog:
     Attributes:
         turns: responses in the making, durable before they are committed.
         stats: acceptance statistics per session and drafter.
-        bundles: the index of stored warm state.
 
     Raises:
         SessionStorageError: from any call: the file cannot be read or written.
@@ -60,7 +68,6 @@ class SessionLog:
         self._database = Database(path, busy_timeout_s)
         self.turns = Turns(self._database, self._writes, self._reads)
         self.stats = StatsTable(self._writes, self._reads)
-        self.bundles = BundleIndex(self._database, clock)
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +117,7 @@ class SessionLog:
         if_head: str | None = None,
         on_conflict: OnConflict = "error",
         response_id: str | None = None,
+        note: Mapping[str, Any] | None = None,
     ) -> Head:
         """Tokens behind the session's head, and a new head.
 
@@ -117,35 +125,55 @@ class SessionLog:
             if_head: the head that the tokens follow; None is whatever the session is at.
             on_conflict: if the session is at another head: `"error"`, or `"fork"` to make a new
                 session that goes on from `if_head`; the result then names that one.
+            note: JSON that holds of every log with these tokens; `notes` finds it.
 
         Raises:
             SessionNotFound, SessionConflict, QuotaExceeded, RequestError.
         """
-        packed = pack(tokens)
+        packed, stored = pack(tokens), to_json("note", note or {})
         with self._writes(tenant) as ledger:
             found = ledger.session(session)
             target, place = ledger.writable(found, if_head, on_conflict)
             ledger.touch(found)
-            return ledger.append(target, place, packed, response_id)
+            head = ledger.append(target, place, packed, response_id)
+            if note:
+                segments.put_note(ledger.db, ledger.place(head), stored)
+            return head
 
     def fork(
-        self, tenant: str, session: str, at: str | int | None = None, n: int = 1
+        self,
+        tenant: str,
+        session: str,
+        at: str | int | None = None,
+        n: int = 1,
+        *,
+        if_head: str | None = None,
+        changes: Mapping[str, Any] = NO_CHANGES,
+        ttl_s: float | None = None,
+        conversation: str | None = None,
     ) -> tuple[Head, ...]:
         """`n` sessions that share this one's tokens up to a place, and copies of its statistics.
 
         Args:
             at: a head's id, or a number of tokens; None is the session's head.
+            if_head: the head that the session must be at.
+            changes: settings in place of those that are copied; None takes one away.
+            ttl_s: None is that of the session.
+            conversation: the client's own name for the fork, which must be one.
 
         Raises:
-            SessionNotFound, QuotaExceeded, RequestError: no such place, or `n` outside
-                [1, 1024].
+            SessionNotFound, SessionConflict, QuotaExceeded, RequestError: no such place, or `n`
+                outside [1, 1024].
         """
         _check_range("n", n, MAX_N)
         with self._writes(tenant) as ledger:
             found = ledger.session(session)
-            place = ledger.resolve(found, at)
+            ledger.writable(found, if_head, "error")
+            self._check_conversation(ledger, conversation)
+            place = ledger.resolve(found, at, "at")
             ledger.touch(found)
-            return tuple(ledger.fork(found, place) for _ in range(n))
+            forks = (ledger.fork(found, place, changes, ttl_s, conversation) for _ in range(n))
+            return tuple(forks)
 
     def rewind(
         self,
@@ -169,7 +197,7 @@ class SessionLog:
         with self._writes(tenant) as ledger:
             found = ledger.session(session)
             ledger.writable(found, if_head, "error")
-            place = ledger.resolve(found, to)
+            place = ledger.resolve(found, to, "to")
             ledger.touch(found)
             head = ledger.add_head(session, place)
             if drop:
@@ -182,13 +210,30 @@ class SessionLog:
             found = ledger.head(head if isinstance(head, str) else head.id)
             return segments.read(ledger.db, ledger.place(found))
 
+    def notes(self, tenant: str, head: Head | str) -> list[dict[str, Any]]:
+        """What was noted on the way to a head, in that order."""
+        with self._reads(tenant) as ledger:
+            found = ledger.head(head if isinstance(head, str) else head.id)
+            return [json.loads(note) for note in segments.notes(ledger.db, ledger.place(found))]
+
+    def ways(self, tenant: str, session: str, keep: str | int | None = None) -> tuple[Way, ...]:
+        """The logs of a session that none of its others begins with, one that expired too.
+
+        Args:
+            keep: a place in it that counts as another session's.
+        """
+        with self._reads(tenant) as ledger:
+            kept = None if keep is None else ledger.resolve(ledger.session(session), keep, "to")
+            return ways_of(ledger, session, kept)
+
     def get(self, tenant: str, session: str) -> Session:
         with self._reads(tenant) as ledger:
             return ledger.session(session)
 
-    def head(self, tenant: str, head: str) -> Head:
+    def head(self, tenant: str, head: str, name: str = "head") -> Head:
+        """The head of that id; SessionNotFound says what the caller calls it."""
         with self._reads(tenant) as ledger:
-            return ledger.head(head)
+            return ledger.head(head, name=name)
 
     def heads(self, tenant: str, session: str) -> tuple[Head, ...]:
         """All heads of a session, the oldest first; it is at the last."""
@@ -203,6 +248,14 @@ class SessionLog:
             if not found:
                 raise SessionNotFound(f"no response {response_id!r}: it was not stored, or is gone")
             return found[0]
+
+    def response_at(self, tenant: str, head: Head) -> str | None:
+        """The response that ends in the place of a head, whose head and session may be others."""
+        with self._reads(tenant) as ledger:
+            segment, stop = ledger.place(ledger.head(head.id))
+            ends = "AND segment = :segment AND stop = :stop AND response_id IS NOT NULL"
+            found = ledger.heads(ends, segment=segment, stop=stop)
+            return found[0].response_id if found else None
 
     def of_conversation(self, tenant: str, conversation: str) -> Session:
         """The session that the client named so."""
@@ -219,19 +272,24 @@ class SessionLog:
             found = ledger.sessions("AND root = :root ORDER BY created, session.id", root=root)
             return tuple(each.id for each in found)
 
-    def list(self, tenant: str, limit: int = 20, after: str | None = None) -> Page:
+    def list(
+        self, tenant: str, limit: int = 20, after: str | None = None, *, without: str = ""
+    ) -> Page:
         """The tenant's sessions, newest first.
 
         Args:
             limit: most of them in one page, in [1, 1000].
             after: `after` of the page before.
+            without: name of a setting; sessions in which it is true are left out.
         """
         _check_range("limit", limit, MAX_PAGE)
         created, session = _cursor(after)
         condition = """AND (created, session.id) < (:created, :session)
+            AND json_extract(settings, :path) IS NOT 1
             ORDER BY created DESC, session.id DESC LIMIT :limit"""
+        values = {"created": created, "session": session, "limit": limit + 1}
         with self._reads(tenant) as ledger:
-            found = ledger.sessions(condition, created=created, session=session, limit=limit + 1)
+            found = ledger.sessions(condition, path=f'$."{without}"', **values)
         page = found[:limit]
         is_last = len(found) == len(page)
         return Page(page, None if is_last else f"{page[-1].created!r}~{page[-1].id}")
@@ -258,6 +316,14 @@ class SessionLog:
         with self._writes(tenant) as ledger:
             ledger.session(session)
             remove(ledger.db, session)
+
+    def expired(self, now: float) -> tuple[tuple[str, str], ...]:
+        """(tenant, session) of those of all tenants whose time is over, and that are still there.
+
+        One in which a response is being made waits until that has ended.
+        """
+        with self._database.read() as db:
+            return expired(db, now)
 
     def expire(self, now: float) -> tuple[str, ...]:
         """Deletes the sessions of all tenants whose time is over; returns their ids."""
@@ -288,7 +354,7 @@ class SessionLog:
     def _check_conversation(self, ledger: Ledger, conversation: str | None) -> None:
         if conversation is None:
             return
-        remove_expired(ledger.db, ledger.now)  # the name of one that is over is free again
+        ledger.free_conversation(conversation)
         if found := ledger.sessions("AND conversation = :name", name=conversation):
             raise SessionConflict(
                 f"conversation {conversation!r} is session {found[0].id!r}: append to it",

@@ -31,6 +31,14 @@ CREATE TABLE IF NOT EXISTS segment (
 );
 CREATE INDEX IF NOT EXISTS segment_of_parent ON segment (parent) WHERE parent IS NOT NULL;
 
+-- What its owner says of a log from `stop` tokens on, which end in this segment: JSON.
+CREATE TABLE IF NOT EXISTS note (
+    segment INTEGER NOT NULL REFERENCES segment (id) ON DELETE CASCADE,
+    stop INTEGER NOT NULL,
+    json TEXT NOT NULL,
+    PRIMARY KEY (segment, stop)
+) WITHOUT ROWID;
+
 -- A place in the tree of segments: `stop` tokens, the last of them in `segment` (NULL: no tokens).
 -- A session is at its head of the highest `seq`.
 CREATE TABLE IF NOT EXISTS head (
@@ -64,19 +72,6 @@ CREATE TABLE IF NOT EXISTS stats (
     json TEXT NOT NULL,
     PRIMARY KEY (session, drafter)
 ) WITHOUT ROWID;
-
-CREATE TABLE IF NOT EXISTS bundle (
-    fingerprint TEXT NOT NULL,
-    hash TEXT NOT NULL,
-    tier TEXT NOT NULL,
-    start INTEGER NOT NULL,
-    stop INTEGER NOT NULL,
-    file TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    used REAL NOT NULL,
-    PRIMARY KEY (fingerprint, hash, tier)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS bundle_by_use ON bundle (tier, used);
 
 -- What a tenant stores, kept by the triggers below: a quota is checked without counting.
 CREATE TABLE IF NOT EXISTS usage (

@@ -71,14 +71,16 @@ def read(db: sqlite3.Connection, place: Place) -> "array[int]":
     return unpack(b"".join(blob for (blob,) in db.execute(query, place._asdict())))
 
 
-def locate(db: sqlite3.Connection, place: Place, num_tokens: int) -> Place:
+def locate(db: sqlite3.Connection, place: Place, num_tokens: int, name: str) -> Place:
     """The place of the first `num_tokens` tokens of `place`.
 
     Raises:
         RequestError: there are not as many.
     """
     if not 0 <= num_tokens <= place.stop:
-        raise RequestError(f"n_tokens={num_tokens}: must be in [0, {place.stop}]")
+        raise RequestError(
+            f"{name}={num_tokens}: the session has {place.stop} tokens, give no more"
+        )
     if num_tokens == 0:
         return EMPTY
     query = f"{PATH} SELECT id FROM path WHERE start < :num_tokens AND :num_tokens <= stop"
@@ -90,6 +92,20 @@ def parts(db: sqlite3.Connection, place: Place) -> dict[int | None, int]:
     """Each segment on the way to `place`, and where the way leaves it."""
     found = db.execute(f"{PATH} SELECT id, stop FROM path", place._asdict())
     return {EMPTY.segment: EMPTY.stop, **dict(found)}
+
+
+def put_note(db: sqlite3.Connection, place: Place, note: str) -> None:
+    """Keeps JSON with the segment in which a place is; it goes with the segment."""
+    if place.segment is not None:
+        row = (place.segment, place.stop, note)
+        db.execute("INSERT OR REPLACE INTO note VALUES (?, ?, ?)", row)
+
+
+def notes(db: sqlite3.Connection, place: Place) -> list[str]:
+    """What was put on the way to `place`, in its order."""
+    query = f"""{PATH} SELECT json FROM path JOIN note ON note.segment = path.id
+        WHERE note.stop <= path.stop ORDER BY note.stop"""
+    return [note for (note,) in db.execute(query, place._asdict())]
 
 
 def prune(db: sqlite3.Connection, segments: Iterable[int | None]) -> None:

@@ -9,7 +9,7 @@ from outrider.errors import SessionConflict, SessionNotFound
 from outrider.session.database import Database
 from outrider.session.ledger import Ledger, OnConflict, to_json
 from outrider.session.records import Head, Turn
-from outrider.session.segments import TOKEN_BYTES, pack, unpack
+from outrider.session.segments import TOKEN_BYTES, pack, put_note, unpack
 
 Transaction: TypeAlias = Callable[[str], AbstractContextManager[Ledger]]
 NO_REQUEST: Mapping[str, Any] = {}
@@ -84,22 +84,30 @@ class Turns:
         tokens: Sequence[int] = (),
         *,
         on_conflict: OnConflict = "error",
+        note: Mapping[str, Any] | None = None,
     ) -> Head:
         """Makes the turn, with these last tokens, part of its session.
+
+        Args:
+            note: JSON that holds of every log with the tokens before the last ones.
 
         Raises:
             SessionNotFound: no such turn, or its session is gone.
             SessionConflict: the session has gone on; the turn stays open.
             QuotaExceeded, RequestError: the turn stays open.
         """
-        packed = pack(tokens)
+        packed, stored = pack(tokens), to_json("note", note or {})
         with self._writes(tenant) as ledger:
             turn = _find(ledger, response_id)
             found = ledger.session(turn.session)
             target, place = ledger.writable(found, turn.head, on_conflict)
             ledger.touch(found)
             _delete(ledger, response_id)
-            return ledger.append(target, place, pack(turn.tokens) + packed, response_id)
+            head = ledger.append(target, place, pack(turn.tokens) + packed, response_id)
+            if note:
+                noted = place.stop + len(turn.tokens)
+                put_note(ledger.db, ledger.place(head)._replace(stop=noted), stored)
+            return head
 
     def abort(self, tenant: str, response_id: str) -> None:
         """Forgets the turn; SessionNotFound if there is none."""

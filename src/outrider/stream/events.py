@@ -13,6 +13,7 @@ class RequestMetrics:
         num_prompt_tokens, num_cached_tokens: prompt, and how much of it the prefix cache held.
         num_steps: target passes that emitted tokens; num_drafts: those that carried a draft.
         num_draft_tokens, num_accepted_tokens: nodes drafted; nodes on accepted paths.
+        num_relaxed_tokens: emitted tokens that stand only because the rule is a lossy one.
         accepted_histogram: entry a counts the drafted steps that accepted a tokens.
         drafter, verifier, exactness: who guessed, which rule decided, and what that promises
             ("exact", "exact-greedy", "lossy" or "synthetic").
@@ -28,6 +29,7 @@ class RequestMetrics:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_relaxed_tokens: int = 0
     accepted_histogram: tuple[int, ...] = ()
     drafter: str = ""
     verifier: str = ""

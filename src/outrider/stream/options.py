@@ -54,8 +54,14 @@ class StreamOptions:
             object.__setattr__(self, "visibility", "verified")
 
     @classmethod
-    def from_body(cls, values: Mapping[str, Any], *, pad: bool = False) -> Self:
-        """From the value of `stream_options.outrider`; `pad` is in force where it says nothing."""
+    def from_body(
+        cls, values: Mapping[str, Any], *, pad: bool = False, pacing: str = "burst"
+    ) -> Self:
+        """From the value of `stream_options.outrider`.
+
+        Args:
+            pad, pacing: in force where it says nothing of them.
+        """
         if not isinstance(values, Mapping):
             raise RequestError(
                 f"stream_options.outrider={values!r}: must be a mapping such as "
@@ -65,11 +71,11 @@ class StreamOptions:
         for name in values:
             if name not in known:
                 raise RequestError(unknown("stream option", str(name), known))
-        return cls(**{"pad": pad, **values})
+        return cls(**{"pad": pad, "pacing": pacing, **values})
 
     @classmethod
-    def from_header(cls, header: str, *, pad: bool = False) -> Self:
-        """From `X-Outrider-Stream: provisional; stability=0.8; commit_unit=word`."""
+    def from_header(cls, header: str, *, pad: bool = False, pacing: str = "burst") -> Self:
+        """From a header such as `provisional; stability=0.8; commit_unit=word`, as `from_body`."""
         values: dict[str, Any] = {}
         parts = [part.strip() for part in header.split(";")]
         for place, part in enumerate(parts):
@@ -82,7 +88,7 @@ class StreamOptions:
             if name in values:
                 raise _bad_header(header, f"{name} is given twice")
             values[name] = _typed(name, value)
-        return cls.from_body(values, pad=pad)
+        return cls.from_body(values, pad=pad, pacing=pacing)
 
     @property
     def params(self) -> StreamParams:

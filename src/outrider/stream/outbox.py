@@ -7,6 +7,33 @@ from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+MAX_UNREAD = 8192
+MAX_UNREAD_OF_ALL = 1 << 17
+FAIR_SHARE = 64
+
+
+class FellBehindError(Exception):
+    """A reader has left more unread than is kept for it; what it had not read is gone."""
+
+
+class Unread:
+    """How many items readers may leave unread, one of them and all together.
+
+    Args:
+        most: of one reader.
+        most_of_all: of all that share this object; beyond it, those lose their stream who have
+            more than `FAIR_SHARE` unread, as they come to get more.
+    """
+
+    def __init__(self, most: int = MAX_UNREAD, most_of_all: int = MAX_UNREAD_OF_ALL) -> None:
+        self._most = most
+        self._most_of_all = most_of_all
+        self.total = 0
+
+    def is_too_much(self, num_of_one: int) -> bool:
+        """Whether a reader with so many cannot be given one more."""
+        is_over = self.total >= self._most_of_all and num_of_one >= FAIR_SHARE
+        return is_over or num_of_one >= self._most
 
 
 class Outbox(Generic[T]):
@@ -14,32 +41,51 @@ class Outbox(Generic[T]):
 
     A durable item empties the tail's slot, for it makes the tail void; a new tail overwrites it.
     For one event loop and one reader, which iterates over it; the iteration ends once the
-    outbox is closed and its durable items are read.
+    outbox is closed and its durable items are read. A reader that is too far behind gets a
+    FellBehindError instead of them all, so that a stalled connection cannot fill the memory.
 
     Args:
         max_updates_per_s: most tails a second.
         clock: seconds, never going back (such as `time.monotonic`).
         pace_s: seconds between batches of durable items, so that their times do not show the
             engine's steps; 0 sends them as they come, and so does a closed outbox.
+        unread: bounds, to be shared among outboxes.
+
+    Attributes:
+        has_fallen_behind: nothing more will be read.
     """
 
     def __init__(
-        self, max_updates_per_s: float, clock: Callable[[], float], *, pace_s: float = 0.0
+        self,
+        max_updates_per_s: float,
+        clock: Callable[[], float],
+        *,
+        pace_s: float = 0.0,
+        unread: Unread | None = None,
     ) -> None:
         self._tail_pause_s = 1.0 / max_updates_per_s
         self._pace_s = pace_s
         self._clock = clock
+        self._unread = unread or Unread()
         self._durable: deque[T] = deque()
         self._num_released = 0  # durable items of the batch that is going out
         self._tail: T | None = None
         self._next_tail = self._next_batch = float("-inf")
         self._is_closed = False
+        self.has_fallen_behind = False
         self._changed = asyncio.Event()
 
     def put_durable(self, item: T) -> None:
-        """Will be read, in order, whatever happens."""
+        """Will be read, in order, whatever happens; nobody is told what follows a fall behind."""
+        if self.has_fallen_behind:
+            return
         assert not self._is_closed, "nothing follows the terminal event"
+        if self._unread.is_too_much(len(self._durable)):
+            self.has_fallen_behind = True
+            self.abandon()
+            return
         self._durable.append(item)
+        self._unread.total += 1
         self._tail = None
         self._changed.set()
 
@@ -53,6 +99,13 @@ class Outbox(Generic[T]):
         """Nothing more will come."""
         self._is_closed, self._tail = True, None
         self._changed.set()
+
+    def abandon(self) -> None:
+        """Nobody reads on: closes it and lets go of what is unread."""
+        self._unread.total -= len(self._durable)
+        self._durable.clear()
+        self._num_released = 0
+        self.close()
 
     def ready(self) -> T | None:
         """The item to send now, taken out; None if none is due."""
@@ -71,6 +124,8 @@ class Outbox(Generic[T]):
             item = self.ready()
             if item is not None:
                 yield item
+            elif self.has_fallen_behind:
+                raise FellBehindError
             elif self._is_closed:
                 return
             else:
@@ -83,13 +138,15 @@ class Outbox(Generic[T]):
         if not self._num_released:
             return None
         self._num_released -= 1
+        self._unread.total -= 1
         return self._durable.popleft()
 
     async def _wait(self) -> None:
         """Until something is put, or what waits is due."""
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), self._seconds_left())
+            async with asyncio.timeout(self._seconds_left()):
+                await self._changed.wait()
 
     def _seconds_left(self) -> float | None:
         """Until the first item is due; None if there is none."""

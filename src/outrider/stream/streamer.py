@@ -28,6 +28,7 @@ class Told:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_relaxed_tokens: int = 0
     num_tokens: int = 0
     histogram: list[int] = field(default_factory=list)
 
@@ -38,6 +39,7 @@ class Told:
             self.num_drafts += 1
             self.num_draft_tokens += commit.num_drafted
             self.num_accepted_tokens += commit.num_accepted
+            self.num_relaxed_tokens += commit.num_relaxed
             missing = commit.num_accepted + 1 - len(self.histogram)
             self.histogram += [0] * missing
             self.histogram[commit.num_accepted] += 1
@@ -139,6 +141,7 @@ class Streamer:
             num_drafts=told.num_drafts,
             num_draft_tokens=told.num_draft_tokens,
             num_accepted_tokens=told.num_accepted_tokens,
+            num_relaxed_tokens=told.num_relaxed_tokens,
             accepted_histogram=tuple(told.histogram),
             drafter=seq.speculation.drafter,
             verifier=seq.speculation.verifier,

@@ -1,6 +1,7 @@
 // Where a conversation lives: sessions on the server, or plain chat with the history sent along.
 
 import { ApiError, call, events } from "./api.js";
+import { plural } from "./dom.js";
 import { Reader } from "./protocol.js";
 
 const MAX_RESUMES = 3;
@@ -65,6 +66,12 @@ export class Sessions {
     return call("GET", `/v1/sessions/${encodeURIComponent(id)}`);
   }
 
+  /** Where a session is, and its turns as the server tells them. */
+  async told(id) {
+    const found = await call("GET", `/v1/outrider/transcripts/${encodeURIComponent(id)}`);
+    return { head: found.head, place: found.n_tokens, turns: found.data.map(turn) };
+  }
+
   /** All sessions of this key, or null where the server lists none. */
   async list() {
     if (!this.about.endpoints.includes("GET /v1/sessions")) return null;
@@ -87,6 +94,24 @@ export class Sessions {
   #act(conversation, verb, body) {
     return call("POST", `/v1/sessions/${encodeURIComponent(conversation.id)}/${verb}`, body);
   }
+}
+
+/** A turn of a transcript as this page keeps it. */
+function turn({ role, text, begin, end, ...more }) {
+  if (role !== "assistant") return { role, text, before: begin };
+  return { role, text, place: end, note: noteOf(more) };
+}
+
+/** "14 tokens, 2.00 tokens per draft, exact" */
+function noteOf({ usage, metrics, outrider }) {
+  const length = metrics?.speculative_decoding?.mean_acceptance_length;
+  return [
+    usage && plural(usage.output_tokens, "token"),
+    length && `acceptance length ${length.toFixed(2)}`,
+    outrider?.exactness?.mode,
+  ]
+    .filter(Boolean)
+    .join(", ");
 }
 
 /** Where a session is: `head` names it there, `place` (in tokens) in its branches too. */

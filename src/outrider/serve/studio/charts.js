@@ -5,6 +5,8 @@ import { depth } from "./protocol.js";
 
 const WIDTH = 300;
 const HEIGHT = 80;
+export const MIN_SPAN_MS = 20;
+const MIN_SLICE_MS = 16; // the page reads what arrived within a frame at once
 const EDGE = { left: 34, right: 6, top: 8, bottom: 18 };
 
 const inner = {
@@ -14,7 +16,7 @@ const inner = {
 
 /** A line through `values`, oldest first. */
 export function lineChart(picture, values, { most = 0, unit = "", from = "", to = "" } = {}) {
-  const top = nice(Math.max(most, ...values, 1e-9));
+  const top = nice(Math.max(most, ...values) || 1);
   const x = (i) => EDGE.left + (values.length < 2 ? 0 : (i / (values.length - 1)) * inner.width);
   const points = values.map((value, i) => `${x(i).toFixed(1)},${y(value, top).toFixed(1)}`);
   const line = draw("polyline", { class: "line", points: points.join(" ") });
@@ -35,7 +37,7 @@ export function lineChart(picture, values, { most = 0, unit = "", from = "", to 
 
 /** Bars; each is {value, part?, label?}: `part` of the value is filled, the rest outlined. */
 export function barChart(picture, bars, { most = 0, unit = "", from = "", to = "" } = {}) {
-  const top = nice(Math.max(most, ...bars.map((bar) => bar.value), 1e-9));
+  const top = nice(Math.max(most, ...bars.map((bar) => bar.value)) || 1);
   const pitch = inner.width / Math.max(bars.length, 8);
   const width = Math.max(1, pitch * 0.72);
   const drawn = bars.flatMap((bar, i) => {
@@ -109,8 +111,10 @@ function short(value) {
 export function rates(steps, times_ms, num_slices = 30) {
   if (steps.length < 3) return [];
   const start = times_ms[0];
-  const span = Math.max(times_ms.at(-1) - start, 1);
-  const count = Math.min(num_slices, Math.max(2, Math.floor(steps.length / 3)));
+  const span = times_ms.at(-1) - start;
+  if (span < MIN_SPAN_MS) return []; // they came together: nothing can be said of their speed
+  const slices = Math.min(steps.length / 3, span / MIN_SLICE_MS);
+  const count = Math.min(num_slices, Math.max(2, Math.floor(slices)));
   const tokens = new Array(count).fill(0);
   for (let i = 1; i < steps.length; i += 1) {
     const slice = Math.min(count - 1, Math.floor(((times_ms[i] - start) / span) * count));

@@ -1,7 +1,11 @@
 // The chat: one conversation on screen, its turns, and what can be done with each of them.
 
+import { MIN_SPAN_MS } from "./charts.js";
 import { byId, clip, make, perFrame, plural } from "./dom.js";
 import { AnswerView } from "./tokens.js";
+
+const TITLE = 40; // characters
+const SPEAKERS = { user: "You", assistant: "Answer", log: "Added to the log" };
 
 /** Draws a conversation, runs turns, and reports through `hooks`: stepped, ended, changed. */
 export class Conversation {
@@ -48,6 +52,23 @@ export class Conversation {
     this.#log.lastElementChild?.scrollIntoView({ block: "end" });
   }
 
+  /** Opens one; what this browser does not know of it is asked of the server. */
+  async visit(conversation) {
+    if (this.is_running) return;
+    this.open(conversation);
+    if (conversation.kind !== "session") return;
+    const { head } = await this.backend.look(conversation.id);
+    if (conversation.turns.length && head === conversation.head) return;
+    const told = await this.backend.told(conversation.id);
+    if (this.is_running) return;
+    const turns = told.turns.map((turn, at) => known(conversation.turns[at], turn));
+    Object.assign(conversation, told, { turns });
+    const first = turns.find((turn) => turn.role === "user");
+    if (conversation.is_elsewhere && first) conversation.title = clip(first.text, TITLE);
+    this.store.save();
+    if (this.current === conversation) this.open(conversation);
+  }
+
   async send(text) {
     if (!text || this.is_running) return;
     this.#running = new AbortController();
@@ -69,7 +90,7 @@ export class Conversation {
 
   async #create(text) {
     const made = await this.backend.create();
-    const one = { ...made, title: clip(text, 48), kind: this.backend.kind, turns: [] };
+    const one = { ...made, title: clip(text, TITLE), kind: this.backend.kind, turns: [] };
     this.current = this.store.add(one);
     this.hooks.changed();
   }
@@ -150,12 +171,12 @@ export class Conversation {
   }
 
   #article(turn, at) {
-    const is_user = turn.role === "user";
+    const is_answer = turn.role === "assistant";
     const article = make("article", { className: `turn ${turn.role}` });
-    article.append(make("h3", { textContent: is_user ? "You" : "Answer" }));
-    if (is_user) article.append(make("p", { className: "said", textContent: turn.text }));
-    else this.#answer(article, turn);
-    const action = is_user ? this.#rewinder(turn, at) : this.#forker(turn, at);
+    article.append(make("h3", { textContent: SPEAKERS[turn.role] }));
+    if (is_answer) this.#answer(article, turn);
+    else article.append(make("p", { className: "said", textContent: turn.text }));
+    const action = is_answer ? this.#forker(turn, at) : this.#rewinder(turn, at);
     article.append(make("div", { className: "actions", hidden: this.is_running }, action));
     return article;
   }
@@ -222,6 +243,12 @@ export class Conversation {
   }
 }
 
+/** The turn as it is kept here, with its marks, if it is the one that the server tells. */
+function known(kept, told) {
+  const is_same = kept && kept.role === told.role && kept.text === told.text;
+  return is_same ? { ...kept, ...told, note: kept.note } : told;
+}
+
 function nearEnd() {
   const page = document.scrollingElement;
   return page.scrollHeight - page.scrollTop - page.clientHeight < 160;
@@ -237,12 +264,12 @@ export function note(reader, times_ms) {
   if (num_tokens === null)
     return [plural(reader.steps.length, "piece"), exactness].filter(Boolean).join(", ");
   const num_steps = is_told ? reader.steps.filter((step) => step.tokens?.length).length : null;
-  const seconds = (times_ms.at(-1) - times_ms[0]) / 1000;
+  const span_ms = times_ms.at(-1) - times_ms[0];
   return [
     plural(num_tokens, "token") + (num_steps ? ` in ${plural(num_steps, "step")}` : ""),
     num_steps && `${(num_tokens / num_steps).toFixed(2)} tokens per step`,
-    seconds > 0.01 && `${Math.round(num_tokens / seconds)} tokens/s`,
-    reader.session?.kv_hit_tokens != null &&
+    span_ms > MIN_SPAN_MS && `${Math.round((1000 * num_tokens) / span_ms)} tokens/s`,
+    reader.session?.kv_hit_tokens > 0 &&
       `${plural(reader.session.kv_hit_tokens, "KV token")} reused`,
     exactness,
   ]

@@ -12,6 +12,7 @@ import { SessionList } from "./sessions.js";
 import { Settings } from "./settings.js";
 import { Store } from "./store.js";
 import { StepCard } from "./tokens.js";
+import { Why } from "./why.js";
 
 const POLL_MS = 2000;
 const MAX_SAMPLES = 60;
@@ -45,7 +46,7 @@ function open(about) {
   const backend = choose(about);
   const store = new Store();
   const settings = new Settings(about, () => race.describe());
-  const race = new Race(about, settings);
+  const race = new Race(about, settings, drawSteps);
   const hooks = {
     stepped: drawSteps,
     ended: (reader, times) => {
@@ -65,13 +66,18 @@ function open(about) {
   race.describe();
   drawSteps({ steps: [] }, []);
   conversation.open(null);
-  poll();
-  setInterval(() => document.hidden || poll(), POLL_MS);
+  const why = new Why(about);
+  const refresh = () => {
+    poll();
+    why.refresh();
+  };
+  refresh();
+  setInterval(() => document.hidden || refresh(), POLL_MS);
   document.body.dataset.ready = "true";
 }
 
 const WHERE = {
-  session: "Sessions are kept by the server; their text by this browser.",
+  session: "Sessions are kept by the server, marks of their answers by this browser.",
   local: "This server has no sessions: conversations are kept by this browser.",
 };
 
@@ -131,7 +137,8 @@ function wireViews() {
 
 function drawSteps(reader, times_ms) {
   const speeds = rates(reader.steps, times_ms);
-  lineChart(byId("chart-rate"), speeds, { from: "start", to: "now" });
+  const scale = { most: speeds.length ? 0 : 100, from: "start", to: "now" };
+  lineChart(byId("chart-rate"), speeds, scale);
   describe(
     "rate",
     speeds.length ? `${Math.round(overall(reader.steps, times_ms))} tokens/s` : "–",

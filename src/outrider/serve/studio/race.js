@@ -11,8 +11,10 @@ export class Race {
   #views = new WeakMap();
   #running = null;
 
-  constructor(about, settings) {
+  /** `stepped(reader, times_ms)` is called as a lane goes on. */
+  constructor(about, settings, stepped) {
     this.about = about;
+    this.stepped = stepped;
     this.settings = settings;
     byId("race-form").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -87,10 +89,16 @@ export class Race {
   async #drive(lane) {
     const messages = [{ role: "user", content: byId("race-prompt").value }];
     let start = null; // the first token: who comes second finds the prompt in the cache
-    const paint = perFrame(() => show(lane));
+    const times = [];
+    const is_charted = lane.name === "fast" || !byId("race-together").checked;
+    const paint = perFrame(() => {
+      show(lane);
+      if (is_charted) this.stepped(lane.reader, times);
+    });
     const changed = (reader) => {
       lane.reader = reader;
       lane.num_tokens = count(reader);
+      while (times.length < reader.steps.length) times.push(performance.now());
       if (reader.steps.length) start ??= performance.now();
       if (start !== null && !reader.is_done) lane.seconds = (performance.now() - start) / 1000;
       paint();

@@ -49,7 +49,7 @@ export class SessionList {
     byId("no-sessions").hidden = all.length > 0;
   }
 
-  /** A session of the server that another page made: its tokens are there, its text is not here. */
+  /** A session of the server that another page made: its text is asked for when it is opened. */
   #adopt(one) {
     if (this.store.get(one.id)) return;
     const title = `Session ${one.id.slice(-8)}`;
@@ -89,9 +89,18 @@ export class SessionList {
         ` ${describe(about, warmth)}`,
       ),
     );
+    if (about.kv_tokens) open.append(share(about));
     if (is_here) open.setAttribute("aria-current", "true");
-    open.addEventListener("click", () => this.conversation.open(one));
+    open.addEventListener("click", () => this.#visit(one));
     return make("li", {}, open, this.#remover(one));
+  }
+
+  async #visit(one) {
+    try {
+      await this.conversation.visit(one);
+    } catch (error) {
+      this.said(error.message, true);
+    }
   }
 
   #remover(one) {
@@ -118,11 +127,21 @@ export class SessionList {
   }
 }
 
-/** "warm: 48 of 59 tokens in KV; behind: draft_model R1 at 16" */
+/** How much of the log is in the cache; the words beside it say the same. */
+function share({ kv_tokens, n_tokens }) {
+  return make("progress", {
+    className: "share",
+    max: n_tokens,
+    value: kv_tokens,
+    "aria-hidden": "true",
+  });
+}
+
+/** "warm: KV kept, 48 of 59 tokens; drafts ready in part: draft_model (R1) to 16" */
 function describe(about, warmth) {
   const kv = about.kv_tokens ? `, ${about.kv_tokens} of ${plural(about.n_tokens, "token")}` : "";
   const behind = Object.entries(about.spec ?? {})
-    .filter(([, one]) => one.ready_upto < about.n_tokens)
+    .filter(([, one]) => one.ready_upto < about.kv_tokens)
     .map(([name, one]) => `${name} (${one.class}) to ${one.ready_upto}`);
   return warmth.says + kv + (behind.length ? `; drafts ready in part: ${behind.join(", ")}` : "");
 }

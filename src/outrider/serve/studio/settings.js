@@ -110,7 +110,7 @@ export class Settings {
     const method = this.#method();
     const is_off = byId("method").value === "off" || !method;
     for (const id of ["draft-tokens", "width", "sample-method"]) byId(id).disabled = is_off;
-    byId("draft-tokens").placeholder = method ? `${method.num_draft_tokens}` : "";
+    byId("draft-tokens").placeholder = method ? usualK(method, this.about.defaults.policy) : "";
     byId("draft-tokens").max = this.about.limits.num_draft_tokens;
     byId("width").placeholder = method ? `${method.width}` : "";
     byId("width").min = method?.min_width ?? 1;
@@ -254,4 +254,9 @@ function options(kind) {
     found[field.name] = read[field.dataset.type](field.value);
   }
   return found;
+}
+
+/** What stands for K where nothing is asked for: a number, or the name of who decides. */
+function usualK(method, policy) {
+  return policy && policy !== "fixed" ? policy : `${method.num_draft_tokens}`;
 }

@@ -11,6 +11,8 @@ const WORDS = {
   plain: "not drafted",
 };
 
+const NO_TEXT = "; no text: a special token, or part of a character";
+
 /** Shows one answer in `place` and keeps up with it; only what is new is drawn. */
 export class AnswerView {
   #num_drawn = 0;
@@ -86,7 +88,9 @@ function outcome(step) {
   const last = kinds(step).at(-1);
   if (!step.num_drafted) return "nothing drafted";
   const kept = `${step.accepted} of ${plural(step.num_drafted, "drafted token")} accepted`;
-  const then = { corrected: ", then a correction", bonus: ", then a bonus token" }[last] ?? "";
+  const path = step.tree?.accepted.length ?? 0;
+  const end = path > step.accepted ? ", then the answer ended" : "";
+  const then = { corrected: ", then a correction", bonus: ", then a bonus token" }[last] ?? end;
   return kept + then;
 }
 
@@ -174,7 +178,7 @@ function about(step, index) {
   return [
     make("p", { className: "card-title", textContent: `Step ${index + 1}: ${who}${k}` }),
     make("p", { className: "card-note", textContent: `${sentence(outcome(step))}.` }),
-    step.num_drafted ? drawTree(step) : "",
+    step.num_drafted ? make("div", { className: "tree-box" }, drawTree(step)) : "",
     list(step),
   ].filter(Boolean);
 }
@@ -186,7 +190,7 @@ function list(step) {
       "li",
       {},
       make("code", { className: `tok ${kind[i]}`, textContent: clip(visible(text), 24) }),
-      ` ${WORDS[kind[i]]}`,
+      ` ${WORDS[kind[i]]}${text ? "" : NO_TEXT}`,
     ),
   );
   return make("ol", { className: "card-tokens" }, ...items);

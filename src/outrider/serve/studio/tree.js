@@ -1,4 +1,4 @@
-// The draft tree of one step as a picture: accepted path thick, what fell dashed and struck.
+// The draft tree of one step: accepted path thick, what fell dashed and struck.
 
 import { clip, draw, visible } from "./dom.js";
 import { kinds } from "./protocol.js";
@@ -11,7 +11,7 @@ const MAX_NODES = 48; // more do not fit a card
 /** An SVG of `step.tree`, or of the chain that was kept where the server sends no tree. */
 export function drawTree(step) {
   const tree = step.tree ?? chain(step);
-  const nodes = layout(tree).slice(0, MAX_NODES);
+  const nodes = layout(tree, step.accepted).slice(0, MAX_NODES);
   const end = answer(step, tree, nodes);
   const all = end ? [...nodes, end] : nodes;
   const width = Math.max(...all.map(left)) + BOX.width + 4;
@@ -39,12 +39,12 @@ function chain(step) {
 }
 
 /** Nodes with a column (depth) and a row; the first child stays on its parent's row. */
-function layout({ tokens, parents, accepted }) {
+function layout({ tokens, parents, accepted }, num_taken) {
   const nodes = tokens.map((text, index) => ({
     text,
     index,
     parent: parents[index],
-    stands: accepted.includes(index),
+    name: nameOf(accepted.indexOf(index), num_taken),
     row: 0,
     column: 0,
   }));
@@ -70,7 +70,7 @@ function answer(step, tree, nodes) {
   const from = nodes[parent] ?? { row: 0, column: 0 };
   const taken = nodes.filter((node) => node.column === from.column + 1).map((node) => node.row);
   const row = taken.length ? Math.max(...nodes.map((node) => node.row)) + 1 : from.row;
-  return { text, index: -1, parent, row, column: from.column + 1, kind: kinds(step).at(-1) };
+  return { text, index: -1, parent, row, column: from.column + 1, name: kinds(step).at(-1) };
 }
 
 function root() {
@@ -84,7 +84,7 @@ function edge(node, nodes) {
   const to = { x: left(node), y: node.row * ROW + ROW / 2 };
   const middle = (x + to.x) / 2;
   const path = `M${x} ${y}C${middle} ${y} ${middle} ${to.y} ${to.x} ${to.y}`;
-  return draw("path", { class: `edge ${name(node)}`, d: path });
+  return draw("path", { class: `edge ${node.name}`, d: path });
 }
 
 function box(node) {
@@ -94,7 +94,7 @@ function box(node) {
   const frame = draw("rect", { x, y, rx: 5, ...BOX });
   return draw(
     "g",
-    { class: `node ${name(node)}` },
+    { class: `node ${node.name}` },
     frame,
     label,
     draw("title", {}, visible(node.text)),
@@ -105,8 +105,10 @@ function left(node) {
   return node.column * COLUMN - COLUMN + 24;
 }
 
-function name(node) {
-  return node.kind ?? (node.stands ? "accepted" : "fallen");
+/** What stood behind the end of the answer was accepted for nothing. */
+function nameOf(place, num_taken) {
+  if (place < 0) return "fallen";
+  return place < num_taken ? "accepted" : "beyond";
 }
 
 function spoken(tree, end) {
