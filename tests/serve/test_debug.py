@@ -30,7 +30,7 @@ async def test_the_policies_tell_why(client):
     assert told["plain_tokens_per_s"] > 0
     assert told["expected_tokens_per_s"] > 0
     assert set(told["guard"]) >= {"advantage", "times_shut", "shut_for_steps"}
-    assert {one["drafter"] for one in told["acceptance"]} == {"draft_model"}
+    assert "draft_model" in {one["drafter"] for one in told["acceptance"]}
     assert len(told["cost"]["passes"]["rows"]) == len(told["cost"]["passes"]["seconds"])
 
 

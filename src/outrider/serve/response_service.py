@@ -271,6 +271,9 @@ class Responses:
             else:
                 store.delete(stored.tenant, stored.id)  # nobody was told of it
         else:
+            is_told = bool(past) and past[-1].type in TERMINAL
+            if stored.body["status"] == "in_progress" and not is_told:
+                stored = _broken_off(stored, None)  # a power failure took the row, not the turn
             self._end(_complete(stored, head), past)
 
     def _end(self, ended: Stored, past: list[Numbered]) -> None:
