@@ -462,7 +462,7 @@ def judged(bench: Bench, proposal: Proposal, prompts: list[Prompt], max_tokens: 
     """Acceptance length of every rule that takes this kind of proposal, on the same trees."""
     llm = bench.with_drafters("draft_model")
     settings = {"verifier": "sampled", **proposal.settings}
-    params = SpeculationParams(method="draft_model", **settings)
+    params = SpeculationParams(method="draft_model", policy="fixed", **settings)
     judges = Judges(llm.engine.verifiers, _rules(proposal), proposal.is_coupled)
     llm.engine.verifiers = judges  # type: ignore[assignment]
     try:
@@ -528,7 +528,9 @@ def _sampling(max_tokens: int, temperature: float = 0.0) -> SamplingParams:
 
 def _params(name: str) -> SpeculationParams:
     usual = {"method": name, **SMALL.get(name, {})}
-    return SpeculationParams(**{**VARIANTS, **ACROSS}.get(name, usual))
+    given: dict[str, Any] = {**VARIANTS, **ACROSS}.get(name, usual)
+    # What the drafter does is measured, not what a policy makes of it.
+    return SpeculationParams(**{"policy": "fixed", **given})
 
 
 def _method(name: str) -> str:
@@ -537,7 +539,9 @@ def _method(name: str) -> str:
 
 def _given(params: SpeculationParams) -> dict[str, Any]:
     usual = asdict(SpeculationParams())
-    return {key: value for key, value in asdict(params).items() if value != usual[key]}
+    given = {key: value for key, value in asdict(params).items() if value != usual[key]}
+    given.pop("policy", None)  # all of them are fixed
+    return given
 
 
 def _composes(name: str) -> bool:
