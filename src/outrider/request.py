@@ -163,8 +163,8 @@ class SpeculationParams:
             plug-in's name. None is "fixed" where the size of drafts is given, else the engine's
             policy.
         policy_options: settings of the policy by name.
-        slo: latency targets that "adaptive" keeps where it can: "tpot_ms" per token after the
-            first, "ttft_ms" to the first.
+        slo: latency targets that hold "adaptive" back from longer drafts: "tpot_ms" per token
+            after the first, "ttft_ms" to the first.
     """
 
     method: str | None = None
