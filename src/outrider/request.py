@@ -163,8 +163,8 @@ class SpeculationParams:
             plug-in's name. None is "fixed" where the size of drafts is given, else the engine's
             policy.
         policy_options: settings of the policy by name.
-        slo: latency targets that hold "adaptive" back from longer drafts: "tpot_ms" per token
-            after the first, "ttft_ms" to the first.
+        slo: latency targets that "adaptive" keeps where it can, by longer drafts or by shorter:
+            "tpot_ms" per token after the first, "ttft_ms" to the first.
     """
 
     method: str | None = None
@@ -294,9 +294,10 @@ class Request:
             runs keeps the seat.
         tenant: salt of the prefix cache; requests of different tenants share no KV.
         bad_words_ids: token sequences that `sampling.bad_words` stands for.
-        experience: drafter -> {"drafted": [...], "accepted": [...]}, by position how often it
-            drafted for such text before, and was accepted with all before; policies may start from
-            it. Tokens do not depend on it under rules keyed by position.
+        experience: drafter -> {"drafted": [...], "accepted": [...]}, by position how many of its
+            drafts for such text came so far and stood until there, and how many of those stood
+            there too; policies may start from it. Tokens do not depend on it under rules keyed by
+            position.
     """
 
     id: str

@@ -4,6 +4,7 @@ Shape legend: N rows of one forward pass (all sequences), M nodes of one draft t
 D hidden width.
 """
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import StrEnum
@@ -54,6 +55,52 @@ class Batch(NamedTuple):
     preempted: list[Sequence]
 
 
+LEAST_SURE, MOST_SURE = 0.2, 1.0 - 1e-4  # confidence beyond counts as this: it tells no more
+DEEPEST = 16  # likewise of depths
+LOG_DEPTH = (0.0, *(math.log(depth) for depth in range(1, DEEPEST + 1)))
+
+
+class StopRule(NamedTuple):
+    """When a chain ends before its planned depth: once all of it is too unlikely to stand.
+
+    After each token the drafter multiplies what is expected of the tokens so far; once the product
+    is below the floor it drafts no more. The token that took it there is kept. So whether a token
+    is drafted depends on the tokens before it and on the laws those were picked from, never on
+    itself: what every rule of verification needs.
+
+    Source: stopping by the probability that all so far stands, SpecDec++ (Huang et al. 2024); a
+    logistic curve over the logit of the largest probability and the position, vLLM's adaptive
+    verification.
+
+    Attributes:
+        floor: least probability that all so far stands at which one more is drafted; 0 never ends
+            a chain, but has the drafter say how sure it was.
+        slope, intercept: of acceptance over confidence, both as logits, for the first token.
+        gain: added to the intercept times ln(depth): where many tokens stand, the text is easy.
+    """
+
+    floor: float
+    slope: float
+    intercept: float
+    gain: float = 0.0
+
+    def acceptance(self, confidence: float, depth: int = 1) -> float:
+        """Probability that a token stands if all before it do.
+
+        Args:
+            confidence: the largest probability of the law it came from.
+            depth: 1 for the first token.
+        """
+        intercept = self.intercept + self.gain * LOG_DEPTH[min(depth, DEEPEST)]
+        return 0.5 + 0.5 * math.tanh(0.5 * (self.slope * logit(confidence) + intercept))
+
+
+def logit(confidence: float) -> float:
+    """ln(c / (1 - c)), for c bounded to what tells anything."""
+    bounded = min(max(LEAST_SURE, confidence), MOST_SURE)
+    return math.log(bounded / (1.0 - bounded))
+
+
 class RowPlan(NamedTuple):
     """How far to speculate for one row; zero nodes is plain decoding.
 
@@ -62,12 +109,15 @@ class RowPlan(NamedTuple):
         depth: longest path drafted.
         width: branches at the root (1 is a chain).
         num_nodes: most nodes in the tree.
+        stop: when a chain ends before that; a drafter that does not know how sure it is of a token,
+            and one that drafts a wider tree, pays no heed to it.
     """
 
     drafter: str = ""
     depth: int = 0
     width: int = 1
     num_nodes: int = 0
+    stop: StopRule | None = None
 
 
 Plan: TypeAlias = list[RowPlan]
@@ -89,6 +139,9 @@ class DraftTree:
         paths: for independently drawn chains, one tuple of node indices per chain, in draw order;
             equal prefixes share nodes, equal chains are listed as often as they were drawn.
         source: name of the drafter.
+        confidence: per node the largest probability of the law it was picked from; for a greedy
+            request that is the drafter's law at temperature 1. () where the plan had no stop rule,
+            or the drafter makes no estimate.
     """
 
     tokens: tuple[int, ...] = ()
@@ -96,17 +149,27 @@ class DraftTree:
     laws: tuple[torch.Tensor | None, ...] = ()
     paths: tuple[tuple[int, ...], ...] = ()
     source: str = ""
+    confidence: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @classmethod
     def chain(
-        cls, tokens: Items[int], source: str, laws: Items[torch.Tensor | None] = ()
+        cls,
+        tokens: Items[int],
+        source: str,
+        laws: Items[torch.Tensor | None] = (),
+        confidence: Items[float] = (),
     ) -> "DraftTree":
         """A tree of degree one."""
-        parents = _chain_parents(len(tokens))
-        return cls(tokens=tuple(tokens), parents=parents, laws=tuple(laws), source=source)
+        return cls(
+            tokens=tuple(tokens),
+            parents=_chain_parents(len(tokens)),
+            laws=tuple(laws),
+            source=source,
+            confidence=tuple(confidence),
+        )
 
     @property
     def is_chain(self) -> bool:
@@ -141,6 +204,7 @@ class DraftTree:
             for node, parent in enumerate(self.parents):
                 assert -1 <= parent < node, "parents before children"
         assert len(self.laws) in (0, len(self.tokens)), "one law per token, or none at all"
+        assert len(self.confidence) in (0, len(self.tokens)), "sure of each token, or of none"
 
 
 @cache

@@ -225,9 +225,12 @@ def test_batches_are_as_large_as_asked_and_never_ask_twice():
         ({"questions": ()}, "questions=0"),
         ({"eps": 0.0}, "eps=0.0: must lie between 0 and 1"),
         ({"concurrency": 0}, "concurrency=0"),
-        ({"concurrency": 13}, "concurrency 13 needs blocks of 13 to that many prompts"),
-        ({"concurrency": 4, "batch": 3}, "a block of 3 prompts"),
-        ({"batch": 2}, "needs blocks of 1 prompt"),
+        ({"concurrency": 13}, "concurrency 13 needs as many prompts, there are 12: raise --limit"),
+        (
+            {"concurrency": 4, "batch": 3},
+            "batch=3: at concurrency 4 prompts of a block may be 4 to 12",
+        ),
+        ({"batch": 2}, "prompts of a block may be 1, each is timed alone"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(fields, message):

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -302,3 +303,17 @@ def test_published_files_are_read_and_known(file, name, num_questions, num_domai
 
 def test_what_we_know_has_a_licence_and_a_source():
     assert all(known.licence and known.where for known in PUBLISHED.values())
+
+
+def test_a_set_says_which_file_it_is_and_how_much_of_it(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(f'{{"prompt": "number {i} of them"}}\n' for i in range(5)))
+    told = load_dataset(str(path), limit=2)
+    held = told.describe()
+    assert held["path"] == str(path)
+    assert held["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (held["num_questions"], held["num_in_file"]) == (2, 5)
+    assert held["origin"] == "a file of the user's own"
+    assert "2 prompts of 5" in told.told()
+    own = load_dataset("outrider").describe()
+    assert (own["path"], own["origin"]) == ("", "shipped with outrider")

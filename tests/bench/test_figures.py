@@ -159,3 +159,60 @@ def test_marks_are_seen_on_their_paper(is_dark):
         bright, dim = sorted((paper, luminance(pair[is_dark])), reverse=True)
         needed = 4.5 if name in ("ink", "muted", "good", "bad") else 3.0  # WCAG 2: text, graphics
         assert (bright + 0.05) / (dim + 0.05) >= needed, name
+
+
+LONG = "a name of an arm that is rather long, "
+
+
+@pytest.mark.parametrize("count", [2, 5, 9, 40])
+def test_long_names_and_many_of_them_leave_room_for_the_drawing(count):
+    """A legend wider than the figure would leave no axes, which matplotlib only warns of."""
+    names = [f"{LONG}number {i}" for i in range(count)]
+    percentiles = ("p50", "p90", "p95", "p99")
+    drawn = [
+        figures.bars({p: {name: Estimate(1.0) for name in names} for p in percentiles}, unit="ms"),
+        figures.bars({name: {"a": Estimate(1.0)} for name in names}, unit="ms"),
+        figures.lines({name: Line([1, 2], [1, 2]) for name in names}, x_label="x", y_label="y"),
+        figures.stacked({LONG: dict.fromkeys(names, 1.0), "b": {}}, unit="s"),
+        figures.agreement({name: [(1, 1)] for name in names}, x_label="x", y_label="y"),
+        figures.intervals({name: Estimate(1.0, 0.9, 1.1) for name in names}, unit="x"),
+    ]
+    for svg in drawn:
+        ElementTree.fromstring(svg)
+    for svg in (drawn[0], drawn[2]):
+        assert all(any(text.endswith(f"number {i}") for text in texts(svg)) for i in range(count))
+
+
+def test_a_value_without_an_interval_is_on_neither_side():
+    svg = figures.intervals({"a": Estimate(1.4)}, unit="times")
+    assert "var(--muted)" in svg
+    assert "var(--good)" not in svg
+
+
+def test_a_prediction_looks_like_what_it_predicts():
+    svg = figures.lines(
+        {
+            "a": Line([1, 2], [1, 2]),
+            "a, predicted": Line([1, 2], [1, 3], is_dashed=True),
+            "b, predicted": Line([1, 2], [2, 2], is_dashed=True),
+        },
+        x_label="x",
+        y_label="y",
+    )
+    used = set(re.findall(r"var\(--(series-\d)\)", svg))
+    assert used == {"series-0", "series-1"}
+
+
+def test_places_that_are_not_whole_get_the_usual_ticks():
+    svg = figures.lines({"a": Line([579.66, 1270.52], [1, 2])}, x_label="x", y_label="y")
+    assert "579.66" not in "".join(texts(svg))
+
+
+def test_a_path_below_all_cells_has_a_row_of_its_own():
+    """Who hardly drafts is not drawn as drafting the least that was measured."""
+    labels = {"x_label": "x", "y_label": "K"}
+    low, high = (
+        texts(figures.heat_map(GRID, **labels, path={1: 1.5, 2: end, 4: end})) for end in (0.1, 1.0)
+    )
+    assert "0" in low
+    assert "0" not in high

@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import outrider
 from outrider.bench import provenance
@@ -64,6 +65,17 @@ def test_the_machine_s_fingerprint_is_stable_and_sees_threads(monkeypatch):
     assert provenance.machine_fingerprint() == first
     monkeypatch.setattr(provenance.torch, "get_num_threads", lambda: 997)
     assert provenance.machine_fingerprint() != first
+
+
+def test_the_machine_s_fingerprint_is_of_the_process_as_it_stands():
+    """Its threads now: whoever changes them has another machine until they are changed back."""
+    first, before = provenance.machine_fingerprint(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert provenance.machine_fingerprint() != first
+    finally:
+        torch.set_num_threads(before)
+    assert provenance.machine_fingerprint() == first
 
 
 def test_what_cannot_be_read_is_left_out(monkeypatch):

@@ -1,6 +1,7 @@
 """Remote: bodies, chunks and counters of four kinds of servers, and our own one over a socket."""
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -395,3 +396,19 @@ def test_what_our_server_refuses_is_the_askers_error(url: str) -> None:
     assert refused.error.startswith("status 400: ")
     assert "draft_model" in refused.error
     assert good.error == ""
+
+
+def test_it_may_be_dropped_where_another_loop_runs() -> None:
+    """The collector finds targets that nobody uses whenever it likes."""
+    held = [remote(Fake(scripted(words("a"))))]
+    held[0].run([ask()], concurrency=1)
+    closed, runner = held[0]._close, held[0]._runner
+
+    async def drop() -> None:
+        held.clear()
+        gc.collect()
+
+    asyncio.run(drop())
+    assert not closed.alive
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.get_loop()

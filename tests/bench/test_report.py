@@ -14,6 +14,7 @@ from outrider.bench.tables import show, tables
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
+from outrider.bench.drawings import draw
 from outrider.bench.report import make_report
 from outrider.errors import ConfigError
 
@@ -213,13 +214,21 @@ def test_the_null_arm_and_the_domains_are_drawn():
 
 def test_loads_of_several_arms_are_told_apart():
     levels = [
-        {"name": f"{c} at once", "arm": arm, "output_throughput": 9.0 * c, "p50_tpot_ms": 10.0}
+        {
+            "name": f"{c} at once",
+            "arm": arm,
+            "output_throughput": 9.0 * c,
+            "p50_tpot_ms": 10.0,
+            "p99_tpot_ms": 30.0,
+        }
         for arm in ("off", "ngram")
         for c in (1, 4)
     ]
     latency, trade = report_of(l=replace(LOAD, findings={"levels": levels})).sections[0].figures
     assert latency.name == "latency tpot"
-    assert all(f">{arm}, {c} at once<" in latency.svg for arm in ("off", "ngram") for c in (1, 4))
+    for told in ("off", "ngram", "1 at once", "4 at once"):
+        assert f">{told}<" in latency.svg
+    assert "a line up to the 99th percentile" in latency.caption
     assert all(f">{arm}<" in trade.svg for arm in ("off", "ngram"))
 
 
@@ -355,3 +364,47 @@ def test_groups_that_look_alike_are_one_table():
 )
 def test_values_are_shown_briefly(value, text):
     assert show(value) == text
+
+
+def test_a_pair_with_another_base_says_so():
+    pairs = [
+        {"base": base, "arm": arm, "ratio": 1.2, "interval": [1.1, 1.3]}
+        for base, arm in (("off", "a"), ("off", "b"), ("a", "b"))
+    ]
+    figure = report_of(ab=replace(AB, findings={"pairs": pairs})).sections[0].figures[0]
+    assert ">b over a<" in figure.svg
+    assert "b (2)" not in figure.svg
+
+
+def test_the_only_verdict_of_an_answer_is_the_answer():
+    advice = {"answer": "Yes: it pays.", "verdict": "faster"}
+    told = report_of(x=Result(kind="advise", findings=advice)).sections[0].sentences
+    assert told == ("Yes: it pays.",)
+
+
+def test_whose_histogram_it_is_is_told_by_load_and_arm():
+    levels = [
+        {"name": "4 at once", "arm": arm, "acceptance_histogram": [1, 2]} for arm in ("a", "b")
+    ]
+    (drawn,) = draw(Result(kind="load", findings={"levels": levels}))
+    assert ">4 at once, a<" in drawn.svg
+    assert ">4 at once, b<" in drawn.svg
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (
+            {"name": "x.jsonl", "path": "d/x.jsonl", "sha256": "ab" * 32, "num_questions": 3},
+            "Asked: 3 prompts of d/x.jsonl, SHA-256 abababababababab.",
+        ),
+        (
+            {"name": "outrider", "num_questions": 3, "num_in_file": 60, "origin": "shipped"},
+            "Asked: 3 of 60 prompts of outrider, shipped.",
+        ),
+        ({}, None),
+    ],
+)
+def test_which_prompts_were_asked_is_a_sentence(data, told):
+    found = report_of(x=Result(kind="ab", findings={}, data=data)).sections[0].sentences
+    assert found == (() if told is None else (told,))

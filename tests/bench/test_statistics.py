@@ -83,7 +83,13 @@ def test_ratio_counts_and_reproducible():
 
 
 def test_one_prompt_has_no_interval_and_none_is_an_error():
-    assert paired_ratio([[math.log(2)]]).interval == (pytest.approx(2.0), pytest.approx(2.0))
+    alone = paired_ratio([[math.log(2)] * 40])
+    assert alone.ratio == pytest.approx(2.0)
+    assert alone.interval is None
+    assert not alone.is_known
+    assert alone.half_width == alone.reach == alone.detectable == math.inf
+    assert verdict(alone) == "undecided"
+    assert verdict(told(1.4, 1.6), alone) == "undecided", "noise that nobody knows"
     assert half_width([[1.0]]) == math.inf
     with pytest.raises(ValueError, match="no prompt was measured"):
         paired_ratio([[], []])

@@ -1,6 +1,8 @@
 """`outrider bench ab`: what is asked becomes arms and blocks, what came out a file and a table."""
 
+import hashlib
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -61,6 +63,47 @@ def test_alone_an_arm_is_compared_with_off_and_none_is_the_default(call, model, 
         assert [arm["name"] for arm in held["arms"]] == ["off", name]
 
 
+def test_one_prompt_alone_has_no_interval_and_says_so(call, model, prompts, tmp_path):
+    out = tmp_path / "out"
+    given = ("--prompts", prompts, "--limit", 1, "--max-tokens", 6, "--budget", 1)
+    told = call("bench", "ab", model, "--arm", "ngram", *given, "--out", out).stdout
+    held = json.loads((out / "ab.json").read_text())
+    (pair,) = held["pairs"]
+    assert pair["interval"] is pair["null_interval"] is held["null"]["interval"] is None
+    assert pair["interval_note"] == held["null"]["interval_note"] == "unknown: one prompt only"
+    assert pair["verdict"] == held["null"]["verdict"] == "undecided"
+    assert "(unknown)" in told
+    assert "Intervals are unknown: one prompt only; give more prompts." in " ".join(told.split())
+    page = (out / "report.html").read_text()
+    assert "95 % interval unknown: one prompt only" in page
+    assert not re.search(r"\bnan\b", told + page.partition("<script")[0])
+
+
+def test_what_is_compared_is_said_as_it_is(call, model, few):
+    """A prompt by itself is timed from its first token on, a batch as a whole."""
+    alone, batch = (
+        " ".join(call("bench", "ab", model, "--arm", "ngram", *few, *more).stdout.split())
+        for more in ((), ("-c", 2))
+    )
+    assert "times as fast: by time per output token after the first (TPOT)" in alone
+    assert "times as fast: by time of a whole block of prompts per output token" in batch
+    for told in (alone, batch):
+        assert "tokens/s: all tokens over all seconds, waiting for the first one included" in told
+
+
+def test_the_report_says_which_prompts_were_asked(call, model, prompts, tmp_path):
+    out = tmp_path / "out"
+    given = ("--prompts", prompts, "--limit", 2, "--max-tokens", 4, "--budget", 0, "--arm", "ngram")
+    call("bench", "ab", model, *given, "--out", out)
+    data = json.loads((out / "ab.json").read_text())["data"]
+    sha256 = hashlib.sha256(prompts.read_bytes()).hexdigest()
+    assert (data["path"], data["sha256"]) == (str(prompts), sha256)
+    assert (data["num_questions"], data["num_in_file"]) == (2, 10)
+    assert data["origin"] == "a file of the user's own"
+    told = f"Asked: 2 of 10 prompts of {prompts}, a file of the user&#x27;s own"
+    assert f"{told}, SHA-256 {sha256[:16]}." in (out / "report.html").read_text()
+
+
 def test_a_report_lies_beside_the_result(call, model, prompts, tmp_path):
     out = tmp_path / "out"
     given = ("--prompts", prompts, "--max-tokens", 4, "--budget", 0, "--arm", "ngram")
@@ -100,8 +143,12 @@ def test_an_interrupted_run_is_resumed(call, model, few, tmp_path, monkeypatch):
         (("MODEL", "--arm", '{"method": }'), "--arm '{\"method\": }' is no JSON"),
         (("MODEL", "--arm", "ngrm"), "arm 'ngrm' fails: unknown method 'ngrm'"),
         (("MODEL", "--engine", '{"max_seqs": 3}'), "unknown engine option 'max_seqs'"),
+        (("MODEL", "-c", 2, "--batch", 1), "batch=1: at concurrency 2 prompts of a block may be 2"),
         (("MODEL", "--eps", 2), "eps=2.0: must lie between 0 and 1"),
-        (("MODEL", "--concurrency", 11), "concurrency 11 needs blocks of 11 to that many prompts"),
+        (
+            ("MODEL", "--concurrency", 11),
+            "concurrency 11 needs as many prompts, there are 10: raise --limit or",
+        ),
         (("--url", "http://127.0.0.1:9", "--draft-model", "x"), "--draft-model 'x': the server"),
     ],
 )

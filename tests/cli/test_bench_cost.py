@@ -58,6 +58,19 @@ def test_mistakes(given):
     result = CliRunner().invoke(app, [str(arg) for arg in (*args, "--dollars-per-hour", 0)])
     assert result.exit_code == 2
     assert "dollars_per_hour=0.0" in result.stderr
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == 2
-    assert "--dollars-per-hour" in result.stderr
+
+
+def test_without_a_price_of_the_machine_seconds_are_told(call, given):
+    args, path = given
+    result = call(*args, "--out", path.parent / "page")
+    held = json.loads(path.read_text())
+    assert held["dollars_per_hour"] is None
+    for one in held["classes"]:
+        assert one["seconds_per_million"] == pytest.approx(1e6 * one["seconds"] / one["tokens"])
+        assert one["dollars_per_million"] is one["with_idle"] is None
+    assert held["arms"][0]["dollars"] is None
+    told = " ".join(result.stdout.split())
+    assert "seconds per million output tokens" in told
+    assert "Dollars are told by --dollars-per-hour" in told
+    assert "$" not in told
+    assert "seconds per million tokens" in (path.parent / "page" / "report.html").read_text()

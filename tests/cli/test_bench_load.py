@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from outrider.bench import load_run
 from outrider.bench.saturation import Watched
-from outrider.cli import bench_load
 from outrider.cli.main import app
 
 PROMPTS = [{"prompt": f"def main(argv): {i}", "domain": "code"} for i in range(6)]
@@ -86,7 +86,7 @@ def test_a_trace_has_its_lengths_and_no_acceptance(call, args, tmp_path):
 
 def test_an_interrupted_run_goes_on(call, args, tmp_path, monkeypatch):
     path, measured = tmp_path / "load.json", []
-    usual = bench_load.measure
+    usual = load_run.measure
 
     def measure(target, level, *rest, **more):
         if level.name == "concurrency 2" and "resumed" not in measured:
@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on(call, args, tmp_path, monkeypatch):
         measured.append(level.name)
         return usual(target, level, *rest, **more)
 
-    monkeypatch.setattr(bench_load, "measure", measure)
+    monkeypatch.setattr(load_run, "measure", measure)
     loads = ("-c", 1, "-c", 2, "-n", 4, "--json", path)
     with pytest.raises((AssertionError, KeyboardInterrupt)):
         call(*args, *loads)
@@ -139,3 +139,25 @@ def test_mistakes_are_told(model, extra, part, tmp_path):
     message = result.stderr.splitlines()[-1]  # what prompts there are was told before
     assert message.startswith("error: ")
     assert part in message
+
+
+def test_prompts_that_are_asked_again_are_told(call, args, tmp_path):
+    path = tmp_path / "load.json"
+    once, often = (
+        " ".join(call(*args, "-c", 2, "-n", num, "--json", path).stdout.split()) for num in (6, 13)
+    )
+    assert "asked up to" not in once
+    assert "Each prompt was asked up to 3 times, the later ones from the prefix cache" in often
+    assert found(path)["rounds"] == 3
+
+
+def test_what_the_budget_left_out_is_gone_on_with(call, args, tmp_path):
+    path = tmp_path / "load.json"
+    asked = (*args, "-c", 1, "-c", 2, "-n", 2, "--json", path)
+    first = call(*asked, "--budget", 0)
+    assert "go on by --resume" in first.stderr
+    assert found(path)["levels"] == []
+    second = call(*asked, "--resume")
+    assert len(found(path)["levels"]) == 2
+    assert "--resume" not in second.stderr
+    assert not path.with_name("load.json.journal").exists()

@@ -58,3 +58,16 @@ def test_mistakes_are_one_line(model, prompts, asked, told):
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 2, result.output
     assert told in result.stderr.splitlines()[-1]
+
+
+def test_what_is_not_decided_has_a_status_of_its_own(model, prompts):
+    """Neither passed (0) nor failed (1), and no mistake of the caller's (2)."""
+    given = ["bench", "lossless", model, "--arm", "ngram", "--prompts", str(prompts)]
+    result = CliRunner().invoke(app, [*given, "--level", "L3", "--budget", "0"])
+    assert "undecided" in result.stdout
+    assert result.exit_code == 3, result.output
+
+
+def test_the_statuses_are_told():
+    told = " ".join(CliRunner().invoke(app, ["bench", "lossless", "--help"]).stdout.split())
+    assert "Exit status 0: every arm is what it says it is" in told.replace(" │ │ ", " ")

@@ -94,7 +94,10 @@ def test_advise_answers(call, model, draft, prompts, tmp_path) -> None:
     assert found["answer"] in " ".join(result.stdout.split())
     assert {row["draft_model"] for row in found["table"]} == {draft, model}
     assert any(row["ratio"] is None for row in found["table"])  # predicted, and left at that
-    assert found["pairs"][0]["null_interval"]
+    pair = found["pairs"][0]  # without a budget a single block is measured
+    assert pair["null_interval"] is pair["interval"] is None
+    assert pair["interval_note"] in ("unknown: one prompt only", "unknown: one block only")
+    assert pair["verdict"] == "undecided"
 
 
 @pytest.fixture
@@ -114,7 +117,8 @@ def refusal():
     [
         (("--draft-tokens", "two"), "--draft-tokens 'two': give numbers from 1 on"),
         (("-c", "0,4"), "--concurrency '0,4': give numbers from 1 on"),
-        (("-c", "1,64"), "concurrency 64 needs as many prompts, there are 6"),
+        (("-c", "1,64"), "concurrency 64 needs as many prompts, there are 6: raise --limit"),
+        (("-c", "1,4", "--limit", 3), "stay at --concurrency 3 and below"),
         (("--context", "4000"), "context 4000: must lie between 1 and 120"),
         (("--calibration", "nowhere.json"), "no file 'nowhere.json'"),
         (("--arm", "nobody"), "nobody"),
@@ -126,6 +130,18 @@ def test_what_cannot_be_swept_is_told(refusal, model, prompts, options, told) ->
     given = [part for name, pair in usual.items() if name not in options for part in pair]
     asked = ("bench", "sweep", model, *given, "--prompts", prompts, *SHORT, *options)
     assert told in refusal(*asked)
+
+
+def test_advise_drops_no_load_for_want_of_prompts(refusal, model, prompts) -> None:
+    asked = ("--arm", "ngram", "--prompts", prompts, "--limit", 4, *SHORT)
+    told = refusal("bench", "advise", model, *asked)  # 1 and 8 at once, where nobody says
+    assert "concurrency 8 needs as many prompts, there are 4: raise --limit" in told
+
+
+def test_a_server_cannot_be_calibrated_and_the_remedy_is_told(refusal) -> None:
+    told = refusal("bench", "calibrate", "--url", "http://127.0.0.1:9")
+    assert "--url 'http://127.0.0.1:9'" in told
+    assert "outrider bench sweep --url" in told
 
 
 def test_only_off_is_nothing_to_sweep(refusal, model, prompts) -> None:

@@ -96,9 +96,30 @@ def test_counts_from_elsewhere_weigh_what_they_are_allowed_to():
     assert stands[1] / stands[0] == pytest.approx(0.5 * 0.9, abs=0.08)
     feed(experience, 0.0, 100)
     assert experience.forecast(1, 100).stands[0] < 0.2
+    each = Experience()
+    each.expect([1000, 10], [500, 9], weight=20.0)
+    half, nine = each.forecast(2, 0).stands
+    assert half == pytest.approx(0.9 * (10 + 5 * FIRST_STAND) / 25)
+    assert nine / half == pytest.approx(0.9 * (9 + 5 * half / 0.9) / 15), "few count as they are"
     nothing = Experience()
     nothing.expect([], [], weight=20.0)
     assert nothing.forecast(2, 0) == Experience().forecast(2, 0)
+
+
+def test_a_depth_that_few_drafts_came_to_is_not_held_against_the_drafter():
+    """A hundred drafts of one token, and ten of two: all of them stood."""
+    experience = Experience()
+    experience.expect([110, 10], [110, 10], weight=12.0)
+    alone = Experience()
+    alone.expect([10, 10], [10, 10], weight=12.0)
+    assert experience.forecast(2, 0).stands[1] >= alone.forecast(2, 0).stands[1]
+
+
+def test_counts_that_cannot_be_end_what_is_taken_over():
+    experience, first = Experience(), Experience()
+    experience.expect([10, 10, 10], [8, 3, 1], weight=12.0)  # each draft at every depth
+    first.expect([10], [8], weight=12.0)
+    assert experience.forecast(3, 0) == first.forecast(3, 0)
 
 
 def test_saved_and_loaded_it_forecasts_alike():

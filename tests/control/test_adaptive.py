@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from outrider.control.adaptive import AdaptivePolicy, _weights
+from outrider.control.adaptive import AdaptivePolicy
 from outrider.control.base import PLAIN, Facts, Load, Room, Step, StepTimes
 from outrider.control.cost import CostModel, DraftCounts, PassCounts
+from outrider.control.deciding import weights_of
 from outrider.control.fixed import FixedPolicy
 from outrider.request import Candidate, Request, SamplingParams, Speculation
 from outrider.sequence import Sequence
@@ -251,10 +252,26 @@ def test_a_target_of_time_per_token_is_kept_where_goodput_would_not_keep_it():
     for setting in (free, bound):
         policy = warm_policy()
         rooms = rooms_of(policy, setting, {})
-        feed(policy, rooms[:1], 8, 0)  # it would wait for the other's long drafts
+        feed(policy, rooms[:1], 8, 0, 300)  # it would wait for the other's long drafts
         feed(policy, rooms[1:], 8, 7)
         depths.append(policy.plan(rooms, load_of(rooms))[1].depth)
     assert 0 <= depths[1] < depths[0]
+
+
+def test_a_target_of_time_per_token_may_ask_for_drafts_that_goodput_does_not():
+    plain_s = CPU.pass_s(6, 100)
+    depths = []
+    for target in (None, 0.75 * plain_s):
+        policy = warm_policy(machine="cpu")
+        rooms = rooms_of(policy, {"speculation": {"tpot_s": target}}, *[{}] * 5)
+        feed(policy, rooms[1:], 8, 0, 100)  # they would wait for the first one's drafts
+        feed(policy, rooms[:1], 8, 5, 100)
+        plans = policy.plan(rooms, load_of(rooms))
+        depths.append([part.depth for part in plans])
+    assert depths[0] == [0] * 6
+    assert depths[1][0] > 0
+    assert depths[1][1:] == [0] * 5
+    assert policy.explain()["why"] == "the latency targets"
 
 
 def test_a_late_first_token_comes_before_drafts():
@@ -274,7 +291,7 @@ def test_a_late_first_token_comes_before_drafts():
 def test_urgent_requests_weigh_more():
     policy = warm_policy()
     rooms = rooms_of(policy, {"priority": 0}, {"priority": 3})
-    assert _weights(rooms) == [1.0, 0.125]
+    assert weights_of(rooms) == [1.0, 0.125]
 
 
 def test_it_tells_why():

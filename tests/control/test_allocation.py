@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from outrider.control.acceptance import Forecast
-from outrider.control.allocation import DraftPrice, Ladder, allocate, evaluate
+from outrider.control.allocation import DraftPrice, Ladder, alike, allocate, evaluate
 
 
 class Price:
@@ -18,6 +18,9 @@ class Price:
 
     def step(self, nodes_U):
         return 1.0 * np.maximum(1.0, (self._num_rows + nodes_U) / self._ridge)
+
+    def at(self, num_nodes):
+        return float(self.step(np.array([num_nodes]))[0])
 
     def draft(self, drafter):
         return self._draft[drafter]
@@ -74,6 +77,24 @@ def test_it_is_nearly_as_good_as_the_best_of_all_choices():
     assert sum(shares) / len(shares) >= 0.995
 
 
+def test_of_one_row_the_best_depth_is_found():
+    for seed in range(40):
+        rng = random.Random(seed)
+        [row, *_], price = some_rows(rng), Price(DRAFTERS, ridge=rng.choice([1, 2, 4]), num_rows=1)
+        chosen = allocate([row], 1.0, price)
+        best = best_of_all([row], 1.0, price)
+        assert (chosen.depths, chosen.goodput) == (best.depths, pytest.approx(best.goodput))
+
+
+def test_rows_alike_are_priced_as_each_of_them():
+    row, price = ladder(0.7, coverage=0.6, weight=0.5, entry=0.02, num_nodes=2.0), Price(DRAFTERS)
+    found = list(alike(row, 3, 3.0, price))
+    assert [chosen.depths for chosen in found] == [[depth] * 3 for depth in (1, 2, 3, 4)]
+    for chosen in found:
+        again = evaluate([row] * 3, chosen.depths, 3.0, price)
+        assert (chosen.tokens, chosen.seconds) == pytest.approx((again.tokens, again.seconds))
+
+
 def test_where_a_pass_is_flat_all_drafts_are_taken():
     free = {"m": DraftPrice(0.0, 0.0, 0.0, 0.0)}
     chosen = allocate([ladder(0.5)] * 3, 3.0, Price(free, ridge=1000))
@@ -106,11 +127,30 @@ def test_latency_targets_are_kept_by_taking_less():
     rows = [ladder(0.9, 8)] * 2
     price = Price({"m": DraftPrice(0.0, 0.2, 0.0, 0.0)}, ridge=1000, num_rows=2)
     free = allocate(rows, 2.0, price)
-    bound = allocate(rows, 2.0, price, lambda chosen: chosen.seconds <= 1.5)
+    bound = allocate(rows, 2.0, price, lambda chosen: max(1.0, chosen.seconds / 1.5))
     assert free.seconds > 1.5
     assert 0 < max(bound.depths) < max(free.depths)
     assert bound.seconds <= 1.5
-    assert allocate(rows, 2.0, price, lambda chosen: False).depths == [0, 0]
+    nothing = allocate(rows, 2.0, price, lambda chosen: 1.0 + chosen.seconds)
+    assert nothing.depths == [0, 0]  # the shortest step misses least
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_latency_targets_are_kept_by_drafting_at_a_loss(num_rows):
+    """Drafts for one row are dear for all others, and its time per token asks for them."""
+    rows = [ladder(0.9, 6), *[ladder(0.1, 6)] * (num_rows - 1)]
+    price = Price({"m": DraftPrice(0.3, 0.1, 0.0, 0.0)}, ridge=1000, num_rows=8)
+
+    def misses(chosen):
+        expected = 1.0 + sum(rows[0].forecast.stands[: chosen.depths[0]])
+        return max(1.0, chosen.seconds / (0.6 * expected))
+
+    free, bound = allocate(rows, 8.0, price), allocate(rows, 8.0, price, misses)
+    assert not any(free.depths)
+    assert misses(free) > 1.5
+    assert misses(bound) == 1.0
+    assert bound.depths[0] > 0
+    assert bound.goodput < free.goodput
 
 
 def test_nothing_to_take_is_plain_decoding():

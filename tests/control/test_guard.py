@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from outrider.control.guard import FIRST_PAUSE, LEAST, TRY_SHARE, Guard, Purse
+from outrider.control.guard import FIRST_PAUSE, MOST_GAINED, MOST_LOST, TRY_SHARE, Guard, Purse
 
 
 def run(guard, advantage, num_steps, first=0, seed=0):
@@ -50,15 +50,39 @@ def test_it_opens_again_when_told():
 
 def test_what_breaks_even_nearly_is_no_reason_to_end():
     guard = Guard()
-    for step in range(500):
-        guard.observe(step, 4, 4.0 / (LEAST + 0.015), 4, 4.0)
-    assert guard.num_shut <= 2
+    for step in range(2000):
+        guard.observe(step, 4, 4.0 / 0.98, 4, 4.0)
+    assert guard.num_shut == 0
+
+
+@pytest.mark.parametrize("advantage", [0.3, 0.6, 0.9])
+def test_what_it_lets_through_is_lost_within_a_few_steps(advantage):
+    """However much speculation won before."""
+    guard = Guard()
+    run(guard, 3.0, 1000)
+    lost = 0.0
+    for step in range(1000, 3000):
+        if guard.is_shut(step):
+            break
+        lost += 2.0 - 2.0 * advantage
+        guard.observe(step, 2.0 * advantage, 2.0, 1, 1.0)
+    assert guard.num_shut == 1
+    assert MOST_LOST < lost < MOST_LOST + MOST_GAINED + 2.0
+
+
+def test_unlucky_drafts_in_a_row_are_no_reason_to_end():
+    guard = Guard()
+    run(guard, 1.4, 300)
+    for step in range(300, 308):
+        guard.observe(step, 1, 1.4, 1, 1.0)
+    assert guard.num_shut == 0
 
 
 def test_nothing_measured_is_no_verdict():
     assert Guard().advantage is None
     assert not Guard().is_shut(0)
-    assert Guard().explain(0) == {"advantage": None, "shut_for_steps": 0, "times_shut": 0}
+    told = {"advantage": None, "shut_for_steps": 0, "lost_steps": 0.0, "times_shut": 0}
+    assert Guard().explain(0) == told
 
 
 def test_no_more_is_spent_than_was_earned():

@@ -16,8 +16,8 @@ MOST = 8
 
 def past(acceptance, num_drafts=200):
     """What a session's statistics would say after so many drafts of full length."""
-    accepted = [num_drafts * acceptance**depth for depth in range(1, MOST + 1)]
-    return {DRAFTER: {"drafted": [num_drafts] * MOST, "accepted": accepted}}
+    stood = [num_drafts * acceptance**depth for depth in range(MOST + 1)]
+    return {DRAFTER: {"drafted": stood[:-1], "accepted": stood[1:]}}
 
 
 def sequence(experience, temperature=0.0):
@@ -94,7 +94,9 @@ def test_a_past_of_other_drafters_is_left_alone():
     assert list(mind.experience) == [DRAFTER]
 
 
-@pytest.mark.parametrize("counts", [([], []), ([0], [0]), ([3], [5]), ([2, 2], [0, 0])])
+@pytest.mark.parametrize(
+    "counts", [([], []), ([0], [0]), ([3], [5]), ([2, 2], [0, 0]), ([2, 0], [2, 0]), ([2], [])]
+)
 def test_counts_that_say_nothing_do_no_harm(counts):
     drafted, accepted = counts
     mind = Minds().of(sequence({DRAFTER: {"drafted": drafted, "accepted": accepted}}))

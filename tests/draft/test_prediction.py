@@ -1,11 +1,12 @@
 """Prediction: the place in the expected text is kept through edits, at little cost per edit."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, strategies as st
 
-from outrider.draft.prediction import REACH, TRUSTED_MATCH, PredictionDrafter
+from outrider.draft.prediction import REACH, TRUSTED_MATCH, PredictionDrafter, tokens_taken
 from outrider.errors import RequestError
 from outrider.request import Request, SamplingParams, Speculation, SpeculationParams
 from outrider.sequence import Sequence
@@ -280,3 +281,62 @@ def test_it_is_rebuilt_from_the_tokens():
     assert drafter.restore(seq, None) == len(seq.tokens)
     assert draft(seq) == expected
     assert len(expected) == K
+
+
+@given(tokens)
+def test_a_copy_takes_all_of_it_and_what_shares_no_token_nothing(prediction):
+    assert tokens_taken(prediction, prediction) == len(prediction)
+    assert tokens_taken(prediction, [*prediction, 9]) == len(prediction)
+    assert tokens_taken(prediction, [token + 4 for token in prediction]) == 0
+    assert tokens_taken(prediction, []) == tokens_taken([], prediction) == 0
+
+
+@given(tokens.filter(bool), st.data())
+def test_one_replaced_token_is_not_taken_and_all_others_are(prediction, data):
+    at = data.draw(st.integers(0, len(prediction) - 1))
+    answer = [*prediction[:at], 9, *prediction[at + 1 :]]
+    assert tokens_taken(prediction, answer) == len(prediction) - 1
+
+
+@given(st.permutations(range(30)), st.integers(0, 29), st.integers(0, 29))
+def test_whichever_token_it_is_replaced_by(prediction, at, other):
+    answer = [*prediction[:at], other, *prediction[at + 1 :]]
+    expected = len(prediction) - (other != prediction[at])
+    assert tokens_taken(prediction, answer) == expected
+
+
+@given(tokens, tokens, st.integers(1, 3))
+def test_no_token_of_either_counts_twice(prediction, answer, times):
+    taken = tokens_taken(prediction, answer * times)
+    both = Counter(prediction) & Counter(answer * times)
+    assert 0 <= taken <= both.total()
+    assert tokens_taken(prediction, prediction * times) == len(prediction)
+
+
+TAKEN = {
+    "one token replaced": 399,
+    "three tokens replaced": 397,
+    "one token added": 400,
+    "twelve tokens added": 400,
+    "one token left out": 399,
+    "a hundred tokens left out": 300,
+    "two tokens for nine": 391,
+    "nine tokens for two": 398,
+    "a part moved": 400,
+    "a part said twice": 400,
+    "the first token split": 399,
+    "a start before it": 400,
+    "an end after it": 400,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_takes_what_it_leaves(name):
+    assert tokens_taken(TEXT, EDITS[name]) == TAKEN[name]
+
+
+def test_a_match_takes_its_tokens_where_they_stand_and_not_those_taken_elsewhere():
+    """An answer says once what stands twice, and then how it goes on the second time."""
+    assert tokens_taken([1, 2, 3, 8, 1, 2, 3, 9], [1, 2, 3, 9]) == 4
+    assert tokens_taken([*range(10), 50, 51, 52], [60, 61, 50, 51, 52]) == 3
+    assert tokens_taken([*range(10), 50], [60, 61, 50]) == 0, "one token is no match"

@@ -2,9 +2,13 @@
 
 import asyncio
 import json
-from typing import Any, NamedTuple
+from collections.abc import Awaitable
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI
+
+T = TypeVar("T")
+SLICE_S = 0.5
 
 
 class Event(NamedTuple):
@@ -24,6 +28,22 @@ def _event(block: str) -> Event:
     lines = dict(line.split(": ", 1) for line in block.split("\n"))
     data = lines["data"]
     return Event(lines.get("id"), lines.get("event"), json.loads(data) if data[0] == "{" else data)
+
+
+async def patient(awaited: Awaitable[T], seconds: float = 20) -> T:
+    """Its result; TimeoutError after so many seconds of this process's own life.
+
+    A machine that stops the process for a while, or for minutes, takes no more than a slice.
+    """
+    task = asyncio.ensure_future(awaited)
+    try:
+        for _ in range(round(seconds / SLICE_S)):
+            await asyncio.wait([task], timeout=SLICE_S)
+            if task.done():
+                return task.result()
+        raise TimeoutError(f"nothing came in {seconds:g} s")
+    finally:
+        task.cancel()
 
 
 class Visit:
@@ -71,12 +91,12 @@ class Visit:
     async def leave(self) -> None:
         """The client is gone."""
         self._gone.set()
-        await asyncio.wait_for(asyncio.gather(self._task, return_exceptions=True), 20)
+        await patient(asyncio.gather(self._task, return_exceptions=True))
 
     async def next(self) -> Event | None:
         """The next event; None at the end."""
         while "\n\n" not in self._rest:
-            piece = await asyncio.wait_for(self._out.get(), 20)
+            piece = await patient(self._out.get())
             if piece is None:
                 return None
             self._rest += piece

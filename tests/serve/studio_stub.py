@@ -180,7 +180,9 @@ def _add_sessions(app: FastAPI, delay_s: float) -> None:
         if body["input"] == "fail":
             return _error(400, "method='nonsense': unknown method")
         app.state.running = "resp_1"
-        return _sse(_events(session, heads, f"h{next(numbers)}", delay_s))
+        asked = body.get("speculation") or {}
+        policy = None if asked.get("method") == "off" else asked.get("policy", "fixed")
+        return _sse(_events(session, heads, f"h{next(numbers)}", delay_s, policy))
 
 
 def _made(heads: dict[str, list[str]], number: int, kept: list[str]) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def _at(heads: dict[str, list[str]], session: str) -> dict[str, Any]:
 
 
 async def _events(
-    session: str, heads: dict[str, list[str]], head: str, delay_s: float
+    session: str, heads: dict[str, list[str]], head: str, delay_s: float, policy: str | None
 ) -> AsyncIterator[str]:
     numbers = itertools.count()
     versions = itertools.count(1)
@@ -222,6 +224,7 @@ async def _events(
     about = {"exactness": {"mode": "exact"}, "session": {"id": session, "head": head,
              "kv_hit_tokens": 12}}  # fmt: skip
     response = {"id": "resp_1", "status": "completed", "outrider": about}
+    response["metrics"] = {"speculative_decoding": {"policy": policy}}
     yield durable("response.completed", response=response)
 
 

@@ -4,15 +4,13 @@ import asyncio
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from pydantic import TypeAdapter
 
-from outrider import LLM, AsyncLLM
+from outrider import LLM
 from outrider.errors import EngineError
 from outrider.request import Speculation
 from outrider.serve import response_run
-from outrider.serve.app import create_app
-from outrider.serve.base import ServeConfig
 from outrider.serve.errors import ApiError
 from outrider.serve.response_events import ResponseWriter, Rewrite
 from outrider.serve.response_service import TERMINAL
@@ -20,7 +18,6 @@ from outrider.serve.ring import RingLimits, Rings
 from outrider.serve.tools import Tool, ToolUse
 from outrider.serve.turns import Turn
 from outrider.stream.events import Committed, RequestMetrics, Tail
-from tests.serve.conftest import client_of
 from tests.serve.streams import Visit, parse
 
 MAX = 24
@@ -659,6 +656,41 @@ async def test_a_refusal_of_the_engine_has_its_status_and_leaves_nothing(client)
     assert client.app.state.server.sessions.log.turns.unfinished() == ()
 
 
+@pytest.mark.parametrize("session", [None, "there"])
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"input": "word " * 2000}, "max_model_len"),
+        ({"text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": "no"}}}},
+         "does not compile"),
+    ],
+    ids=["prompt", "schema"],
+)  # fmt: skip
+async def test_a_background_response_that_cannot_be_had_is_refused_at_once(
+    serve, more, match, session
+):
+    """As one that somebody waits for, be there a seat or not; its session is where it was."""
+    client = await serve(max_concurrent=1)
+    body = {**BODY, **more, "background": True}
+    before = None
+    if session is not None:
+        body["conversation"] = session
+        before = await post(client, {"conversation": session}, path="/v1/sessions")
+    running = await post(client, {**LONG, "background": True})
+    num_sessions = len(sessions_of(client))
+    for stream in (False, True):
+        told = await post(client, {**body, "stream": stream}, 400)
+        assert match in told["error"]["message"]
+    assert len(sessions_of(client)) == num_sessions
+    turns = client.app.state.server.sessions.log.turns.unfinished()
+    assert [turn.response_id for turn in turns] in ([], [running["id"]])
+    if before is not None:
+        now = (await client.get(f"/v1/sessions/{before['id']}")).json()
+        assert (now["head"], now["response_in_progress"]) == (before["head"], None)
+    await post(client, {}, path=f"/v1/responses/{running['id']}/cancel")
+    await idle(client)
+
+
 async def test_a_full_queue_is_429_and_leaves_nothing(serve):
     client = await serve(max_concurrent=1, max_waiting=0)
     async with Visit(client.app, "POST", "/v1/responses", {**LONG, "stream": True}) as visit:
@@ -848,66 +880,6 @@ def test_two_answers_are_never_told_as_one(texts, others, data):
     said = "".join(event["delta"] for event in told if "delta" in event)
     output = events[-1]["response"]["output"]
     assert "".join(part["text"] for item in output for part in item["content"]) == said
-
-
-def growing(texts, gate):
-    """An engine that says these, one each time the gate opens."""
-
-    async def generate(server, ask, request_id, **_):
-        for place, text in enumerate(texts):
-            await gate.acquire()
-            last = "stop" if place == len(texts) - 1 else None
-            metrics = RequestMetrics() if last else None
-            yield Committed("r", 0, place, (5,), text, finish_reason=last, metrics=metrics)
-
-    return generate
-
-
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(texts=st.lists(st.text("aé😀 ", max_size=4), min_size=2, max_size=6), data=st.data())
-def test_accepted_text_is_committed_and_never_changes(llm, texts, data):
-    """I13: confirmed once the commit has reached it, else 409 with what is committed."""
-
-    async def try_out(client):
-        gate = asyncio.Semaphore(1)
-        told, accepted = "", ""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(response_run, "generate", growing(texts, gate))
-            async with Visit(
-                client.app, "POST", "/v1/responses", {**BODY, "stream": True}
-            ) as visit:
-                name = (await visit.next()).data["response"]["id"]
-                path = f"/v1/responses/{name}/accept"
-                for num_said in range(1, len(texts) + 1):
-                    while told != "".join(texts[:num_said]):
-                        told += (await visit.next()).data.get("delta", "")
-                    chars = data.draw(st.integers(0, len(told) + 2))
-                    answer = await client.post(path, json={"chars": chars})
-                    if answer.status_code == 200:
-                        assert answer.json()["text"] == told[:chars]
-                        accepted = max(accepted, told[:chars], key=len)
-                    elif told:
-                        assert (answer.status_code, chars > len(told)) == (409, True)
-                        assert answer.json()["text"] == told
-                    else:
-                        assert answer.status_code == 404
-                    gate.release()
-                await visit.rest()
-        final = (await client.get(f"/v1/responses/{name}")).json()
-        assert text_of(final) == "".join(texts)
-        assert text_of(final).startswith(accepted)
-        everything = await client.post(path, json={"chars": len(text_of(final))})
-        assert everything.status_code == 200
-
-    asyncio.run(with_client(llm, try_out))
-
-
-async def with_client(llm, use):
-    app = create_app(AsyncLLM(llm), ServeConfig(drain_s=0.0))
-    async with app.router.lifespan_context(app), client_of(app) as client:
-        await use(client)
 
 
 async def test_a_message_that_is_not_there_is_not_accepted(client):

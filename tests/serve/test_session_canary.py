@@ -13,7 +13,7 @@ from outrider.serve.session_canary import MAX_TRIES, SessionCanary, Watch
 from outrider.serve.session_counters import NAMES, Counters
 from outrider.serve.session_warmth import Warm, counts_of
 from outrider.session.canary import LEVEL, History, Tries
-from outrider.stream.events import RequestMetrics
+from outrider.stream.events import DrafterMetrics
 from tests.engine.tiny_checkpoint import write_checkpoint
 from tests.serve.conftest import TEMPLATE, client_of
 from tests.serve.test_metrics import samples
@@ -101,6 +101,7 @@ async def test_wrong_draft_kv_is_found_and_made_anew(serving):
     told = report["spec"]["regression"]
     assert told["seen"] < told["expected"] - 0.3
     assert told["p_value"] < LEVEL
+    assert told["drafter"] == "draft_model"
     assert told["ready_upto"] == 0
     assert told["rebuilt_tokens"] >= report["kv_hit_tokens"] - 16 > 100
     assert counted["outrider_session_warmth_regressions_total", ()] == 1
@@ -168,7 +169,8 @@ def test_short_turns_are_looked_at_together():
 
 
 @pytest.mark.parametrize(
-    ("kind", "warm", "heat"), [("R0", RESTORED, "0"), ("R1", Warm(), "0"), ("R1", RESTORED, "1")]
+    ("kind", "warm", "heat"),
+    [("R0", RESTORED, "0"), (None, RESTORED, "0"), ("R1", Warm(), "0"), ("R1", RESTORED, "1")],
 )
 def test_without_state_of_its_own_a_restore_or_a_history_nothing_is_said(kind, warm, heat):
     watched = canary(kind)
@@ -176,25 +178,35 @@ def test_without_state_of_its_own_a_restore_or_a_history_nothing_is_said(kind, w
     assert watched.look("s", "draft_model", heat, STATS, Tries(1, 99)) is None
 
 
-@pytest.mark.parametrize(
-    ("drafted", "histogram", "tries"),
-    [
-        (12, (1, 0, 1, 0, 1), Tries(6, 2)),  # K = 4 three times: all, two, none
-        (4, (0, 0, 2), Tries(4, 0)),  # a policy drafted two tokens twice, and they stood
-        (3, (2, 1), Tries(1, 2)),  # one token three times
-    ],
-)
-def test_short_drafts_that_stood_are_no_rejections(drafted, histogram, tries):
-    accepted = sum(a * count for a, count in enumerate(histogram))
-    metrics = RequestMetrics(
-        num_drafts=sum(histogram),
-        num_draft_tokens=drafted,
-        num_accepted_tokens=accepted,
-        accepted_histogram=histogram,
-    )
-    counts = counts_of(metrics, 4)
-    assert Tries(**counts["tries"]) == tries
-    assert History.from_dict(counts["turns"]) == History.of([tries])
+def test_what_a_turn_adds_is_of_the_form_that_the_canary_reads():
+    fared = DrafterMetrics(num_drafts=3, tried=(3, 2, 2, 1), stood=(2, 2, 1, 1))
+    assert counts_of({}, "auto") == {}
+    counts = counts_of({"draft_model": fared}, "draft_model")
+    assert list(counts) == ["draft_model"]
+    assert Tries(**counts["draft_model"]["tries"]) == Tries(6, 2)
+    assert History.from_dict(counts["draft_model"]["turns"]) == History.of([Tries(6, 2)])
+
+
+def test_a_method_of_several_drafters_has_their_sum_beside_theirs():
+    one = DrafterMetrics(num_drafts=3, tried=(3, 1), stood=(1, 0))
+    other = DrafterMetrics(num_drafts=1, tried=(1, 1, 1), stood=(1, 1, 1))
+    counts = counts_of({"draft_model": one, "ngram": other}, "auto")
+    assert set(counts) == {"draft_model", "ngram", "auto"}
+    assert counts["auto"]["drafted"] == [4, 2, 1]
+    assert counts["auto"]["accepted"] == [2, 1, 1]
+    assert counts["auto"]["tries"] == {"accepted": 4, "rejected": 3}
+    assert counts["ngram"]["num_drafts"] == 1
+
+
+def test_each_drafter_is_watched_until_it_is_known():
+    watched = canary()
+    watched.heed("s", RESTORED)
+    both = {name: {"0": {"turns": GOOD}} for name in ("draft_model", "early_exit")}
+    assert watched.look("s", "draft_model", "0", both, Tries(MAX_TRIES, 40)) is None
+    assert watched.look("s", "draft_model", "0", both, Tries(0, 500)) is None, "it is known"
+    found = watched.look("s", "early_exit", "0", both, Tries(2, 40))
+    assert found is not None
+    assert found.is_worse
 
 
 def test_all_looks_together_spend_the_level_once():

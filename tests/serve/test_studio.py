@@ -12,7 +12,7 @@ import pytest
 
 from outrider import AsyncLLM
 from outrider.engine.resolve import resolve
-from outrider.registry import DRAFTERS, VERIFIERS
+from outrider.registry import DRAFTERS, POLICIES, VERIFIERS
 from outrider.request import SamplingParams, SpeculationParams
 from outrider.serve.app import create_app
 from outrider.serve.config import ServeConfig
@@ -335,6 +335,22 @@ def test_kinds_of_tokens(modules):
     ]
 
 
+ALONE = """
+import { alone } from "MODULES/protocol.js";
+console.log(JSON.stringify(INPUT.map((step) => step.tokens.map((_, i) => alone(step, i)))));
+"""
+
+
+@needs_node
+def test_tokens_without_text_are_shown_as_what_they_are(modules):
+    steps = [
+        {"tokens": ["A", ""], "without_text": {"1": "\\xe2"}},
+        {"tokens": ["", ""], "without_text": {"0": "\\x82", "1": "</s>"}},
+        {"tokens": ["a", ""]},  # a conversation that was kept before servers told it
+    ]
+    assert node(ALONE, modules, steps) == [["A", "\\xe2"], ["\\x82", "</s>"], ["a", ""]]
+
+
 RATES = """
 import { rates } from "MODULES/charts.js";
 const [steps, scripts] = INPUT;
@@ -422,9 +438,16 @@ async def test_methods_are_those_of_registry_and_engine(client, llm):
     assert "visibility" in found["stream_options"]
 
 
-async def test_options_of_methods_and_rules_are_told(client):
+async def test_policies_are_those_of_the_engine(client, llm):
+    found = (await client.get("/v1/outrider/methods")).json()["policies"]
+    assert {one["name"] for one in found} == set(llm.engine.controller.policies)
+    assert {one["name"] for one in found} >= set(POLICIES.names())
+    assert [one["name"] for one in found if one["is_default"]] == ["fixed"]
+
+
+async def test_options_of_methods_policies_and_rules_are_told(client):
     found = (await client.get("/v1/outrider/methods")).json()
-    parts = [*found["methods"], *found["rules"]]
+    parts = [*found["methods"], *found["policies"], *found["rules"]]
     options = [option for part in parts for option in part["options"].values()]
     assert options
     for option in options:
@@ -568,6 +591,51 @@ def test_speculation_is_switched_between_turns(visit, stub):
 
 
 @pytest.mark.browser
+def test_the_policy_is_switched_between_turns(visit, stub):
+    """It holds from the next turn on, and what was in force is told under the select."""
+    page = visit(stub.url)
+    places = [page.locator(name).bounding_box() for name in ("#method", "#policy")]
+    assert places[0]["y"] == places[1]["y"], "side by side"
+    select, note, told = (page.locator(f"#policy{end}") for end in ("", "-note", "-in-force"))
+    offered = select.locator("option").all_inner_texts()
+    assert offered[0] == "fixed (default)"
+    assert {"adaptive", "fixed", "off"} <= set(offered)
+    assert told.inner_text() == ""
+    for policy in ("", "adaptive", "off"):
+        select.select_option(policy)
+        assert note.inner_text().startswith(f"{policy or 'fixed'}: draft")
+        assert page.get_attribute("#draft-tokens", "placeholder") == (policy or "4")
+        say(page, f"with {policy}")
+        assert told.inner_text() == f"In force in the last answer: {policy or 'fixed'}."
+        answer = page.locator(".turn.assistant .note").last
+        assert f"policy {policy or 'fixed'}" in answer.inner_text()
+    page.select_option("#method", "off")
+    assert select.is_disabled()
+    say(page, "plainly")
+    assert "nothing could be drafted" in told.inner_text()
+    asked = [body.get("speculation") for body in stub.app.state.bodies[-4:]]
+    assert asked == [None, {"policy": "adaptive"}, {"policy": "off"}, {"method": "off"}]
+
+
+@pytest.mark.browser
+def test_the_policy_of_a_given_size_is_told_before_it_is_used(visit, stub):
+    page = visit(stub.url)
+    page.select_option("#policy", "table")
+    page.get_by_text("More of method, policy and rule").click()
+    page.fill("#policy-table", "1-:2")
+    say(page, "by a table")
+    page.select_option("#policy", "")
+    page.fill("#draft-tokens", "3")
+    page.locator("#width").focus()
+    assert "The default where a size is given." in page.locator("#policy-note").inner_text()
+    assert not page.locator("#policy-options-box").is_visible()
+    say(page, "sized")
+    asked = [body.get("speculation") for body in stub.app.state.bodies[-2:]]
+    options = {"policy": "table", "policy_options": {"table": "1-:2"}}
+    assert asked == [options, {"num_draft_tokens": 3}]
+
+
+@pytest.mark.browser
 def test_a_refusal_is_shown_and_the_message_kept(visit, stub):
     page = visit(stub.url)
     page.fill("#message", "fail")
@@ -691,7 +759,7 @@ def test_text_comes_from_the_server_where_the_browser_lacks_it(visit, llm):
         here.locator(".turn.assistant").wait_for()
         assert here.locator(".turn.assistant .text").text_content() == answer
         assert here.locator(".said").inner_text() == "begun elsewhere"
-        assert here.locator(".session .title").inner_text() == "begun elsewhere"
+        here.locator(".session .title", has_text="begun elsewhere").wait_for()
         assert "exact" in here.locator(".turn.assistant .note").inner_text()
         say(here, "gone on with here")
         there.locator(".session").click()

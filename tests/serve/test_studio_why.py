@@ -77,6 +77,17 @@ def test_policies_that_tell_little(modules):
         assert dict(found["facts"])["Expected"] == "\u2013"
 
 
+NAMED = SUMMARY.replace("INPUT.map(summary)", "INPUT.map(([one, name]) => summary(one, name))")
+
+
+@needs_node
+def test_it_is_about_the_policy_that_was_in_force(modules):
+    told = report("adaptive", adaptive=TOLD, fixed={}, off={})
+    found = node(NAMED, modules, [[told, name] for name in (None, "fixed", "off", "gone")])
+    assert [one["policy"] for one in found] == ["adaptive", "fixed", "off", "adaptive"]
+    assert [one["is_default"] for one in found] == [True, False, False, True]
+
+
 @pytest.fixture(scope="module")
 def adaptive(llm):
     """A server, one of whose requests has asked for the adaptive policy."""
@@ -105,6 +116,28 @@ def test_the_panel_opens_by_keyboard_and_says_why(visit, adaptive):
     assert "Milliseconds of a pass" in page.locator("#chart-price").get_attribute("aria-label")
     captions = page.locator("#why-acceptance figcaption").all_inner_texts()
     assert any(text.startswith("draft_model, greedy") for text in captions)
+
+
+@pytest.mark.browser
+def test_a_policy_that_is_chosen_takes_effect_on_the_next_turn(visit, adaptive):
+    """On a real engine: it says what was in force, and the panel is about that."""
+    page = visit(adaptive.url)
+    page.locator("#why > summary").click()
+    for policy in ("adaptive", "off", "fixed"):
+        page.select_option("#policy", policy)
+        page.fill("#message", f"one two three, {policy}")
+        page.press("#message", "Enter")
+        told = page.locator("#policy-in-force", has_text=f"last answer: {policy}.")
+        told.wait_for()
+        page.locator("#send").wait_for()
+        note = page.locator(".turn.assistant .note").last.inner_text()
+        assert f"policy {policy}" in note
+        steps = page.locator(".turn.assistant").last.locator(".tok")
+        kinds = set(steps.evaluate_all("all => all.map((one) => one.className)"))
+        assert (kinds == {"tok plain"}) == (policy == "off") or policy == "adaptive"
+        shown = page.locator("#why-policy", has_text=policy)
+        shown.wait_for()
+        assert ("not the default" in shown.inner_text()) == (policy != "fixed")
 
 
 @pytest.mark.browser

@@ -23,8 +23,7 @@ def calls(log: SessionLog) -> list[Callable[[], object]]:
     return [
         lambda: log.append(TENANT, first, [3, 4], response_id="one"),
         lambda: log.fork(TENANT, first, 3, n=2),
-        lambda: log.turns.begin(TENANT, first, [5], response_id="two"),
-        lambda: log.turns.extend(TENANT, "two", [6]),
+        lambda: log.turns.begin(TENANT, first, [5, 6], response_id="two"),
         lambda: log.turns.commit(TENANT, "two", [7]),
         lambda: log.stats.add(TENANT, first, "ngram", {"drafted": [1]}),
         lambda: log.rewind(TENANT, first, 4, drop=True),

@@ -29,7 +29,8 @@ def turns(rng, rate, sizes, dispersion=0.0):
 def test_tries_are_counted_up_to_the_first_rejection():
     steps = [(4, 4), (4, 2), (0, 0), (4, 0)]
     assert Tries.of_steps(steps) == (6, 2)
-    assert Tries.of_histogram([1, 0, 1, 0, 1], 4) == (6, 2)
+    assert Tries.of_positions([3, 2, 2, 1], [2, 2, 1, 1]) == (6, 2)
+    assert Tries.of_positions([], []) == (0, 0)
     assert Tries(6, 2).rate == 0.75
     assert Tries(0, 0).rate == 0.0
 

@@ -233,7 +233,6 @@ def test_tenants_do_not_see_each_other(log: SessionLog) -> None:
         lambda: log.stats.add(B, head.session, "ngram", {}),
         lambda: log.turns.begin(B, head.session, response_id="r2"),
         lambda: log.turns.get(B, "made"),
-        lambda: log.turns.extend(B, "made", [1]),
         lambda: log.turns.commit(B, "made"),
         lambda: log.turns.abort(B, "made"),
     ]

@@ -243,7 +243,7 @@ class LogMachine(RuleBasedStateMachine):
             branch.turns.append((Place(base.id, base.part, base.tokens, response_id), tokens))
             self.touch(branch)
 
-    @rule(data=st.data(), tokens=runs, end=st.sampled_from(["extend", "commit", "abort"]))
+    @rule(data=st.data(), tokens=runs, end=st.sampled_from(["commit", "abort"]))
     @precondition(lambda self: any(branch.turns for branch in self.living))
     def go_on_with_turn(self, data: st.DataObject, tokens: list[int], end: str) -> None:
         busy = [branch for branch in self.living if branch.turns]
@@ -254,9 +254,6 @@ class LogMachine(RuleBasedStateMachine):
         if end == "abort":
             turns.abort(tenant, name)
             branch.turns.remove((base, made))
-        elif end == "extend":
-            if self.attempt(tenant, len(tokens), lambda: turns.extend(tenant, name, tokens)):
-                made += tokens
         elif base.id != branch.heads[-1].id:
             with pytest.raises(SessionConflict):
                 turns.commit(tenant, name, tokens)

@@ -21,10 +21,9 @@ def test_a_turn_is_no_part_of_the_session_before_it_is_committed(log: SessionLog
     first = log.create(A, "fp", [1])
     turn = log.turns.begin(A, first.session, [2], response_id="r", request={"seed": 7})
     assert turn == Turn(A, "r", first.session, first.id, {"seed": 7}, array("i", [2]))
-    assert log.turns.extend(A, "r", [3, 256]) == 3
     assert log.get(A, first.session).head == first
-    assert log.turns.get(A, "r").tokens == array("i", [2, 3, 256])
-    head = log.turns.commit(A, "r", [5])
+    assert log.turns.get(A, "r").tokens == array("i", [2])
+    head = log.turns.commit(A, "r", [3, 256, 5])
     assert log.tokens(A, head) == array("i", [1, 2, 3, 256, 5])
     assert log.head_of_response(A, "r") == head
     assert log.usage(A) == Usage(tokens=5, sessions=1, heads=2)
@@ -36,7 +35,6 @@ def test_an_aborted_turn_leaves_nothing(log: SessionLog) -> None:
     first = log.create(A, "fp", [1])
     before = log.usage(A)
     log.turns.begin(A, first.session, [2], response_id="r")
-    log.turns.extend(A, "r", [3])
     log.turns.abort(A, "r")
     assert log.get(A, first.session).head == first
     assert log.usage(A) == before
@@ -85,8 +83,6 @@ def test_the_quota_counts_a_turn_once(log: SessionLog) -> None:
     with pytest.raises(QuotaExceeded):
         log.append(A, first.session, range(5))
     with pytest.raises(QuotaExceeded):
-        log.turns.extend(A, "r", range(5))
-    with pytest.raises(QuotaExceeded):
         log.turns.commit(A, "r", range(5))
     assert log.turns.get(A, "r").tokens == array("i", [3, 4, 5, 6])
     log.turns.commit(A, "r", range(4))
@@ -107,8 +103,7 @@ def test_unfinished_turns_are_found_after_a_restart(tmp_path: Path) -> None:
     with SessionLog(tmp_path / "log.db", lambda: 0.0) as log:
         first = log.create(A, "fp", [1])
         log.turns.begin(A, first.session, [2], response_id="r", request={"seed": 7})
-        log.turns.extend(A, "r", [3])
     with SessionLog(tmp_path / "log.db", lambda: 0.0) as log:
         (turn,) = log.turns.unfinished()
-        assert turn == Turn(A, "r", first.session, first.id, {"seed": 7}, array("i", [2, 3]))
-        assert log.tokens(A, log.turns.commit(A, "r", [4])) == array("i", [1, 2, 3, 4])
+        assert turn == Turn(A, "r", first.session, first.id, {"seed": 7}, array("i", [2]))
+        assert log.tokens(A, log.turns.commit(A, "r", [3, 4])) == array("i", [1, 2, 3, 4])

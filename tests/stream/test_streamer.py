@@ -1,6 +1,7 @@
 """Streamer: what each client is told of commits, and the counts behind it."""
 
 import pytest
+from hypothesis import given, strategies as st
 
 from outrider.request import Request, SamplingParams, Speculation, StreamParams
 from outrider.sequence import Sequence
@@ -86,6 +87,7 @@ def test_the_last_event_carries_the_metrics():
     metrics = event.metrics
     assert metrics.accepted_histogram == (2, 0, 0, 2)
     assert metrics.joint_acceptance == (0.5, 0.5, 0.5)
+    assert metrics.by_drafter["scripted"].num_drafts == metrics.num_drafts
     assert (metrics.num_steps, metrics.num_drafts) == (5, 4)
     assert (metrics.num_draft_tokens, metrics.num_accepted_tokens) == (11, 6)
     assert metrics.num_generated_tokens == 9
@@ -95,6 +97,80 @@ def test_the_last_event_carries_the_metrics():
     assert (metrics.drafter, metrics.verifier) == ("scripted", "greedy")
     assert metrics.exactness == "exact-greedy"
     assert event.num_from_draft == 2, "what the cut left of the accepted path"
+
+
+def by_drafter(*commits):
+    """What the metrics tell of these commits: (tokens, what `Commit` takes)."""
+    seq = sequence()
+    stream = streamer(seq)
+    for tokens, commit in commits:
+        tell(stream, seq, tokens, **commit)
+    return tell_end(stream, seq).by_drafter
+
+
+def test_a_token_is_tried_where_the_draft_came_so_far_and_all_before_it_stood():
+    found = by_drafter(
+        (b"a", {}),
+        (b"abcd", drafted(3, 3)),
+        (b"abc", drafted(4, 2)),
+        (b"ab", drafted(1, 1)),
+        (b"a", drafted(2, 0)),
+    )
+    fared = found["scripted"]
+    assert list(found) == ["scripted"]
+    assert fared.tried == (4, 2, 2)
+    assert fared.stood == (3, 2, 1)
+    assert fared.acceptance == (0.75, 1.0, 0.5)
+    assert (fared.num_drafts, fared.num_draft_tokens, fared.num_accepted_tokens) == (4, 10, 6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_accepted", "tried", "stood"),
+    [
+        (b"a", 3, (1,), (1,)),  # the first drafted token ended the answer
+        (b"abc", 3, (1, 1, 1), (1, 1, 1)),
+        (b"abcd", 3, (1, 1, 1, 1), (1, 1, 1, 0)),  # the target's own token did
+        (b"a", 0, (1,), (0,)),
+        (b"abc", 4, (1, 1, 1), (1, 1, 1)),
+        (b"abcd", 4, (1, 1, 1, 1), (1, 1, 1, 1)),
+    ],
+)
+def test_what_lies_behind_the_end_was_not_tried(tokens, num_accepted, tried, stood):
+    commit = drafted(4, num_accepted, min(num_accepted, len(tokens)))
+    fared = by_drafter((tokens, commit))["scripted"]
+    assert (fared.tried, fared.stood) == (tried, stood)
+    assert fared.num_accepted_tokens == num_accepted, "as in the totals"
+
+
+def test_of_a_tree_the_longest_path_counts():
+    """Three branches of one, three and two tokens."""
+    tree = DraftTree(tokens=(5, 6, 7, 8, 9, 10), parents=(-1, -1, 1, 2, -1, 4), source="tree")
+    for num_accepted, tried in ((0, (1,)), (1, (1, 1)), (2, (1, 1, 1)), (3, (1, 1, 1))):
+        commit = {"tree": tree, "num_drafted": 6, "num_accepted": num_accepted}
+        fared = by_drafter((b"abcdefgh"[: num_accepted + 1], commit))["tree"]
+        assert fared.tried == tried
+        assert sum(fared.stood) == num_accepted
+
+
+def test_each_drafter_is_counted_by_itself():
+    other = {**drafted(2, 2), "tree": DraftTree.chain((60, 61), "other")}
+    nameless = {**drafted(1, 1), "tree": DraftTree.chain((60,), "")}
+    found = by_drafter((b"ab", drafted(3, 1)), (b"abc", other), (b"ab", nameless))
+    assert found["other"].tried == found["other"].stood == (1, 1)
+    assert found["scripted"].tried == (2, 1), "a draft that names nobody is the request's"
+    assert found["scripted"].num_drafts == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=20))
+def test_counts_by_position_are_those_of_the_drafts(drafts):
+    drafts = [(depth, min(accepted, depth)) for depth, accepted in drafts]
+    fared = by_drafter(*((bytes(97 + i for i in range(a + 1)), drafted(d, a)) for d, a in drafts))
+    fared = fared["scripted"]
+    for i, (tried, stood) in enumerate(zip(fared.tried, fared.stood, strict=True)):
+        here = [accepted for depth, accepted in drafts if depth > i and accepted >= i]
+        assert (tried, stood) == (len(here), sum(accepted > i for accepted in here))
+    assert sum(fared.stood) == sum(accepted for _, accepted in drafts)
+    assert sum(fared.tried) == sum(min(d, a + 1) for d, a in drafts)
 
 
 def test_steps_without_tokens_tell_nothing():

@@ -18,7 +18,7 @@ from outrider.bench.histogram import since, total
 from outrider.bench.journal import Journal
 from outrider.bench.result import content_hash
 from outrider.bench.statistics import EPS, MIN_PROMPTS, half_width, is_stationary, noise
-from outrider.bench.target import Arm, Ask, Question, Target
+from outrider.bench.target import Arm, Ask, Forgets, Question, Target
 from outrider.errors import ConfigError
 from outrider.request import SamplingParams
 
@@ -191,6 +191,8 @@ class _Measurement:
         self._reads_counters = False
 
     def to_the_end(self) -> Measured:
+        if isinstance(self._target, Forgets):
+            self._target.forget()
         num_warm_ups, is_steady = self._warm_up()
         stopped = self._run_blocks()
         return Measured(
@@ -311,7 +313,8 @@ class _Measurement:
         """One arm's run.
 
         Each arm has a tenant of its own in each round, there and back: who remembers answers has
-        never seen this one, though all others of the round.
+        never seen this one, though all others of the round. It has policies of its own too, for the
+        whole run, the null arm among them: no arm pays for what another learns.
         """
         asks = [
             Ask(
@@ -319,6 +322,7 @@ class _Measurement:
                 sampling=self._sampling(question, number),
                 arm=self._plan.arms[max(arm, 0)],
                 tenant=f"ab {arm} {part}",
+                learner=f"ab {arm}",
             )
             for question in questions
         ]
@@ -360,12 +364,23 @@ def _check(plan: Plan) -> None:
     ):
         if not is_right:
             raise ConfigError(f"{name}={value!r}: {remedy}")
+    check_prompts(len(plan.questions), plan.concurrency)
     least = max(1, plan.concurrency)
     if not least <= plan.batch_size <= len(plan.questions) or (
         plan.concurrency == 1 and plan.batch_size != 1
     ):
+        most = len(plan.questions)
+        needed = "1, each is timed alone" if least == 1 else f"{least} to {most}, all there are"
         raise ConfigError(
-            f"a block of {plan.batch_size} prompts, {len(plan.questions)} prompts in all: "
-            f"concurrency {plan.concurrency} needs "
-            + ("blocks of 1 prompt" if least == 1 else f"blocks of {least} to that many prompts")
+            f"batch={plan.batch_size}: at concurrency {plan.concurrency} prompts of a block may be "
+            f"{needed}"
+        )
+
+
+def check_prompts(count: int, concurrency: int) -> None:
+    """ConfigError where so many cannot be in flight: none is asked twice in a block."""
+    if count < concurrency:
+        raise ConfigError(
+            f"concurrency {concurrency} needs as many prompts, there are {count}: raise --limit or "
+            f"give more --prompts, or stay at --concurrency {count} and below"
         )

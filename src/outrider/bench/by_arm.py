@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence as Items
 from typing import Any
 
 from outrider.bench.histogram import total
-from outrider.bench.target import Acceptance, Ask, Reply, Target
+from outrider.bench.target import Acceptance, Ask, Forgets, Reply, Target
 
 
 class ByArm:
@@ -49,6 +49,12 @@ class ByArm:
     def counters(self) -> Acceptance | None:
         """All of them together, None if any has none: differences are of the one that ran."""
         return total(target.counters() for target in self._each())
+
+    def forget(self) -> None:
+        """All begin anew that can."""
+        for target in self._each():
+            if isinstance(target, Forgets):
+                target.forget()
 
     def _each(self) -> list[Target]:
         return list({id(target): target for target in self._targets.values()}.values())

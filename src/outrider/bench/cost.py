@@ -4,6 +4,7 @@ Our own engine tells what every step held (`Meter`). A server tells only when it
 the price of a class is what the run takes longer once its tokens are asked for too.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ class Plan:
     """What is asked, and what the machine costs.
 
     Attributes:
+        dollars_per_hour: None tells seconds alone.
         repeat: rounds over the questions, one begun when the one before has ended: from the second
             on the prefix cache has the prompts.
         request_rate: per second, Poisson; None asks as soon as there is room.
@@ -52,7 +54,7 @@ class Plan:
     arms: tuple[Arm, ...]
     questions: tuple[Question, ...]
     sampling: SamplingParams
-    dollars_per_hour: float
+    dollars_per_hour: float | None = None
     concurrency: int = 8
     repeat: int = 2
     request_rate: float | None = None
@@ -62,9 +64,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.questions:
             raise ConfigError("no prompt: the data set is empty")
-        if not self.dollars_per_hour > 0.0:
+        if self.dollars_per_hour is not None and not 0.0 < self.dollars_per_hour < math.inf:
             raise ConfigError(
-                f"dollars_per_hour={self.dollars_per_hour}: give what the machine costs, above 0"
+                f"dollars_per_hour={self.dollars_per_hour}: give what the machine costs, above 0, "
+                "or leave it out to be told seconds"
             )
 
     def identity(self) -> dict[str, Any]:

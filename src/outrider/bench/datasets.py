@@ -32,6 +32,8 @@ class Dataset:
         questions: in the file's order, or spread over the domains after `take`.
         layout: how rows were read. licence: "" where it is the user's own affair.
         is_known: the file is, byte for byte, a published one that we know.
+        path: the file as it was named; "" for our own set. sha256: of its bytes as they lie there.
+        num_in_file: questions that it holds, those that a limit leaves out too.
         skipped: rows left out, by reason.
         note: what a reader of the numbers has to know; "" for nothing.
     """
@@ -41,8 +43,18 @@ class Dataset:
     layout: str
     licence: str = ""
     is_known: bool = False
+    path: str = ""
+    sha256: str = ""
+    num_in_file: int = 0
     skipped: Mapping[str, int]
     note: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Whose prompts these are: anybody can get the first two again, the third is in `path`."""
+        if not self.path:
+            return "shipped with outrider"
+        return "a published file" if self.is_known else "a file of the user's own"
 
     @property
     def hash(self) -> str:
@@ -74,21 +86,29 @@ class Dataset:
         """For `Result.data`."""
         return {
             "name": self.name,
+            "origin": self.origin,
+            "path": self.path,
+            "sha256": self.sha256,
             "hash": self.hash,
             "layout": self.layout,
             "num_questions": len(self.questions),
+            "num_in_file": self.num_in_file,
             "domains": self.domains,
             "licence": self.licence,
-            "is_known": self.is_known,
             "skipped": dict(self.skipped),
             "note": self.note,
         }
+
+    @property
+    def _counted(self) -> str:
+        count, of = len(self.questions), self.num_in_file
+        return f"{count} prompt{'s' * (count != 1)}" + (f" of {of}" if of > count else "")
 
     def told(self) -> str:
         """What to say once, before anything is measured."""
         domains = len(self.domains)
         parts = [
-            f"{self.name}: {len(self.questions)} prompts",
+            f"{self.name}: {self._counted}",
             f"{domains} domains" if domains > 1 else "",
             f"layout {self.layout}" + (", a published file" if self.is_known else ""),
             f"licence: {self.licence}" if self.licence else "",
@@ -160,7 +180,7 @@ def load_dataset(
     if not path.is_file():
         raise ConfigError(_not_there(name))
     raw = path.read_bytes()
-    return _dataset(path.name, raw, count_tokens).take(limit)
+    return replace(_dataset(path.name, raw, count_tokens), path=name).take(limit)
 
 
 def own_domains() -> list[str]:
@@ -176,11 +196,12 @@ def _own(domain: str) -> Dataset:
     if domain not in whole.domains:
         raise ConfigError(unknown(f"domain of {OWN!r}", domain, list(whole.domains)))
     kept = tuple(question for question in whole.questions if question.domain == domain)
-    return replace(whole, name=f"{OWN}/{domain}", questions=kept)
+    return replace(whole, name=f"{OWN}/{domain}", questions=kept, num_in_file=len(kept))
 
 
 def _dataset(name: str, raw: bytes, count_tokens: Callable[[str], int] | None) -> Dataset:
-    known = PUBLISHED.get(hashlib.sha256(raw).hexdigest())
+    sha256 = hashlib.sha256(raw).hexdigest()
+    known = PUBLISHED.get(sha256)
     rows, layout = _rows(name, raw)
     skipped: Counter[str] = Counter()
     questions = tuple(_questions(rows, layout, skipped, count_tokens))
@@ -193,6 +214,8 @@ def _dataset(name: str, raw: bytes, count_tokens: Callable[[str], int] | None) -
         layout=layout.name,
         licence=known.licence if known else layout.licence,
         is_known=known is not None,
+        sha256=sha256,
+        num_in_file=len(questions),
         skipped=dict(skipped),
         note=layout.note,
     )

@@ -20,6 +20,7 @@ from outrider.bench.findings import (
     estimate,
     is_records,
     level_names,
+    load_name,
     number,
     rows_of,
     unique,
@@ -138,31 +139,57 @@ def advice(result: Result) -> Iterator[Figure]:
 
 
 def load(result: Result) -> Iterator[Figure]:
-    """Percentiles of each latency, then latency against throughput over the loads."""
+    """Each latency by load, then latency against throughput over the loads."""
     levels = rows_of(result, "levels", "loads", "runs", "arms") or [result.findings]
+    several = len({level.get("arm") for level in levels}) > 1
+    yield from (_latencies_by_arm if several else _percentiles)(levels)
+    yield from _trade(levels)
+
+
+def _latencies_by_arm(levels: Items[Row]) -> Iterator[Figure]:
+    """Arms beside each other at every load."""
+    for short, told in LATENCIES.items():
+        groups: dict[str, dict[str, Estimate]] = {}
+        for position, level in enumerate(levels, start=1):
+            middle, high = (_percentile(level, short, each) for each in ("p50", "p99"))
+            if middle is not None:
+                group = groups.setdefault(load_name(level) or f"load {position}", {})
+                group[unique(group, str(level.get("arm") or "no arm"))] = Estimate(
+                    middle, middle if high is not None else None, high
+                )
+        if groups:
+            drawn = figures.bars(groups, unit="milliseconds")
+            caption = f"{told}: median of each arm, and a line up to the 99th percentile."
+            yield Figure(f"latency {short}", caption, drawn)
+
+
+def _percentiles(levels: Items[Row]) -> Iterator[Figure]:
+    """Of one arm, the loads beside each other at every percentile."""
     named = dict(zip(level_names(levels), levels, strict=True))
     for short, told in LATENCIES.items():
         groups = {each: _at_percentile(named, short, each) for each in PERCENTILES}
         if groups := {each: bars for each, bars in groups.items() if bars}:
             drawn = figures.bars(groups, unit="milliseconds")
             yield Figure(f"latency {short}", f"{told}: percentiles.", drawn)
-    yield from _trade(levels)
 
 
 def cost(result: Result) -> Iterator[Figure]:
-    """Dollars per million by class and arm, and where the wall time of each arm went."""
+    """Price per million by class and arm, and where the wall time of each arm went."""
+    rows = rows_of(result, "classes")
+    has_price = any(number(row, "dollars_per_million") is not None for row in rows)
+    unit = "dollars" if has_price else "seconds"
     prices: dict[str, dict[str, Estimate]] = {}
     spent: dict[str, dict[str, float]] = {}
-    for row in rows_of(result, "classes"):
+    for row in rows:
         arm = str(row.get("arm") or "wall time")
         name = str(row.get("class") or row.get("name")).removesuffix(f" ({arm})")
-        price, seconds = number(row, "dollars_per_million"), number(row, "seconds")
+        price, seconds = number(row, f"{unit}_per_million"), number(row, "seconds")
         if price is not None:
             prices.setdefault(name, {})[arm] = Estimate(price)
         if seconds is not None:
             spent.setdefault(arm, {})[name] = seconds
     if prices:
-        drawn = figures.bars(prices, unit="dollars per million tokens")
+        drawn = figures.bars(prices, unit=f"{unit} per million tokens")
         yield Figure("cost", "What a million tokens of each class costs.", drawn)
     for arm, idle in _idle(result).items():
         spent.get(arm, {})["idle"] = idle
@@ -179,6 +206,20 @@ def _idle(result: Result) -> dict[str, float]:
         if (seconds := number(row, "idle_s", "idle_seconds")) is not None:
             found[arm_of(row)] = seconds
     return found
+
+
+def replays(result: Result) -> Iterator[Figure]:
+    """Tokens per call of each drafter, a figure per workload."""
+    by_workload: dict[str, dict[str, Estimate]] = {}
+    for row in rows_of(result, "results"):
+        if (found := estimate(row, "tokens_per_call")) is not None:
+            rows = by_workload.setdefault(str(row.get("workload") or "answers"), {})
+            rows[unique(rows, str(row.get("name") or row.get("drafter")))] = found
+    for workload, rows in by_workload.items():
+        name = workload.replace("\\", "/").rpartition("/")[2]
+        drawn = figures.intervals(rows, unit="tokens per call")
+        caption = f"{name}: tokens per call of the target, with 95 % intervals over sessions."
+        yield Figure(f"replay {name}", caption, drawn)
 
 
 def passes(result: Result) -> Iterator[Figure]:
@@ -208,6 +249,7 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
     "load": (load, histograms),
     "cost": (cost, histograms),
     "calibrate": (passes,),
+    "replay": (replays,),
     "advise": (advice, arms, sweep, histograms),
 }
 
@@ -215,16 +257,21 @@ FIGURES: dict[str, tuple[Draw, ...]] = {
 def _ratios(result: Result) -> dict[str, Estimate]:
     """By arm; "arms" hold them where there are no pairs."""
     rows: dict[str, Estimate] = {}
-    for pair in rows_of(result, "pairs", "arms"):
+    held = rows_of(result, "pairs", "arms")
+    for pair in held:
         if (found := estimate(pair, "ratio")) is not None:
-            rows[unique(rows, arm_of(pair))] = found
+            is_usual = base_of(pair) == base_of(held[0])
+            name = arm_of(pair) if is_usual else f"{arm_of(pair)} over {base_of(pair)}"
+            rows[unique(rows, name)] = found
     return rows
 
 
 def _find_histograms(value: Any, name: str) -> Iterator[tuple[str, Items[int]]]:
     """Down the findings; a record's own name tells whose histogram it is."""
     if isinstance(value, Mapping):
-        own = str(value.get("name") or value.get("arm") or value.get("domain") or name)
+        told = (value.get("name"), value.get("arm") if name == "levels" else None)
+        own = ", ".join(str(part) for part in told if part)
+        own = own or str(value.get("arm") or value.get("domain") or name)
         for key, inner in value.items():
             if "histogram" in key and _is_counts(inner):
                 yield own or "all", inner
@@ -232,7 +279,8 @@ def _find_histograms(value: Any, name: str) -> Iterator[tuple[str, Items[int]]]:
                 yield from _find_histograms(inner, own if key in ABOUT else str(key))
     elif is_records(value):
         for position, one in enumerate(value):
-            yield from _find_histograms(one, f"{name} {position + 1}".strip())
+            alone = "name" in one or not name
+            yield from _find_histograms(one, name if alone else f"{name} {position + 1}")
 
 
 # Keys that say what is inside, not whose it is.

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Iterator, Mapping, Sequence as Items
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ NUM_SERIES = 6
 STAND_INS = {name: f"#0{i:x}0b0{i:x}" for i, name in enumerate(COLOURS)}
 WIDTH = 6.4  # inches of 72 points; the page scales it
 MARKERS = "osD^vP"
+LEGEND_MARK, LEGEND_CHARACTER, LEGEND_ROW = 0.6, 0.075, 0.21  # inches
+LEGEND_SHARE = 0.9  # of the width
 LONGEST_LABEL = 34  # characters of a row's name before it is cut
 
 
@@ -81,18 +83,22 @@ def heat_map(
     """Ratios over (x, y): one colour above 1, another below, the contour where the ratio is 1.
 
     A number is pale where its interval holds 1. What was predicted stands small below it (a cell
-    of value nan has nothing else), and its contour is dashed. `path` is a y for every x.
+    of value nan has nothing else), and its contour is dashed. `path` is a y for every x; where it
+    goes below all cells there is a row 0 for it.
     """
-    xs, ys = (sorted({key[i] for key in cells}) for i in (0, 1))
+    xs, rows = (sorted({key[i] for key in cells}) for i in (0, 1))
+    ys = [0.0, *rows] if path and min(path.values()) < rows[0] else rows
     guesses = predicted or {}
     with (canvas := _Canvas(1.1 + 0.5 * len(ys))) as axes:
         logs = [abs(_log(cell.value)) for cell in cells.values() if cell.value > 0]
         for (x, y), cell in cells.items():
             spread = max(logs, default=0.0) or 1.0
             _cell(axes, xs.index(x), ys.index(y), cell, guesses.get((x, y)), spread)
-        _contour(axes, {key: cell.value for key, cell in cells.items()}, xs, ys, "solid")
+        first = len(ys) - len(rows)
+        found = {key: cell.value for key, cell in cells.items()}
+        _contour(axes, found, xs, rows, "solid", first)
         if predicted:
-            _contour(axes, predicted, xs, ys, "dashed")
+            _contour(axes, predicted, xs, rows, "dashed", first)
         if path:
             at = [(xs.index(x), _between(ys, y)) for x, y in sorted(path.items()) if x in xs]
             axes.plot(*zip(*at, strict=True), color=_colour("series-0"), lw=2, marker="o", ms=5)
@@ -113,23 +119,28 @@ def lines(
     is_log_x: bool = False,
     baseline: float | None = None,
 ) -> str:
-    """Curves over a common axis; ticks stand where there are points if these are few."""
+    """Curves over a common axis; ticks stand where there are points if these are few and whole.
+
+    A dashed curve "NAME, ..." looks like the curve NAME, if there is one.
+    """
     with (canvas := _Canvas(3.1)) as axes:
         if baseline is not None:
             axes.axhline(baseline, color=_colour("ink"), lw=1)
-        for i, (name, line) in enumerate(series.items()):
-            _line(axes, i, name, line)
+        looks = {name: i for i, name in enumerate(_without_guesses(series))}
+        for name, line in series.items():
+            own = name.rpartition(", ")[0] if line.is_dashed else name
+            _line(axes, looks.get(own, looks.get(name, 0)), name, line)
         if is_log_x:
             axes.set_xscale("log", base=2)
             axes.minorticks_off()
         places = sorted({x for line in series.values() for x in line.x})
-        if len(places) <= 10:
+        if len(places) <= 10 and all(float(x).is_integer() for x in places):
             axes.set_xticks(places, [f"{x:g}" for x in places])
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(axis="y")
-        _legend(axes, len(series))
+        _legend(axes, list(series))
     return canvas.svg
 
 
@@ -154,7 +165,7 @@ def agreement(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid()
-        _legend(axes, len(series))
+        _legend(axes, list(series))
     return canvas.svg
 
 
@@ -178,7 +189,7 @@ def bars(groups: Mapping[str, Mapping[str, Estimate]], *, unit: str, x_label: st
         axes.set_xlabel(x_label)
         axes.grid(axis="y")
         if len(series) > 1:
-            _legend(axes, len(series))
+            _legend(axes, list(series))
     return canvas.svg
 
 
@@ -189,13 +200,15 @@ def stacked(groups: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
         left = [0.0] * len(groups)
         for i, part in enumerate(parts):
             sizes = [group.get(part, 0.0) for group in groups.values()]
-            axes.barh(range(len(groups)), sizes, 0.62, left=left, color=_series(i), label=part)
+            axes.barh(
+                range(len(groups)), sizes, 0.62, left=left, color=_series(i), label=_cut(part)
+            )
             left = [start + size for start, size in zip(left, sizes, strict=True)]
         axes.set_yticks(range(len(groups)), [_cut(name) for name in groups])
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.set_xlabel(unit)
         axes.grid(axis="x")
-        _legend(axes, len(parts))
+        _legend(axes, parts)
     return canvas.svg
 
 
@@ -314,13 +327,18 @@ def _contour(
     xs: Items[float],
     ys: Items[float],
     style: str,
+    first: int,
 ) -> None:
-    """Where the logarithm is zero; nothing if the grid has a single row, or all lies on a side."""
+    """Where the logarithm is zero; nothing if the grid has a single row, or all lies on a side.
+
+    Args:
+        first: place of the first row.
+    """
     logs = [[_log(values.get((x, y), math.nan)) for x in xs] for y in ys]
     known = [value for row in logs for value in row if not math.isnan(value)]
     if len(xs) < 2 or len(ys) < 2 or not known or not min(known) < 0 < max(known):
         return
-    places = (range(len(xs)), range(len(ys)))
+    places = (range(len(xs)), range(first, first + len(ys)))
     axes.contour(*places, logs, levels=[0.0], colors=_colour("ink"), linewidths=2, linestyles=style)
 
 
@@ -338,18 +356,29 @@ def _line(axes: Any, i: int, name: str, line: Line) -> None:
     )
 
 
-def _legend(axes: Any, num_series: int) -> None:
-    """Above the axes, where it hides nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(num_series, 4), borderpad=0)
+def _without_guesses(series: Mapping[str, Line]) -> Iterator[str]:
+    """Names of curves that have a look of their own."""
+    for name, line in series.items():
+        if not (line.is_dashed and name.rpartition(", ")[0] in series):
+            yield name
+
+
+def _legend(axes: Any, names: Items[str]) -> None:
+    """Above the axes, where it hides nothing; the figure grows by its rows."""
+    longest = max(len(_cut(name)) for name in names)
+    fitting = int(WIDTH * LEGEND_SHARE / (LEGEND_MARK + LEGEND_CHARACTER * longest))
+    num_columns = max(1, min(len(names), fitting, 4))
+    num_rows = -(-len(names) // num_columns)
+    drawn = axes.figure
+    drawn.set_figheight(drawn.get_figheight() + LEGEND_ROW * (num_rows - 1))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=num_columns, borderpad=0)
 
 
 def _direction(row: Estimate, baseline: float) -> str:
-    """Colour by the side of the baseline that the whole interval lies on."""
-    low = row.value if row.low is None else row.low
-    high = row.value if row.high is None else row.high
-    if low <= baseline <= high:
+    """Colour by the side of the baseline that the whole interval lies on, where there is one."""
+    if row.low is None or row.high is None or row.low <= baseline <= row.high:
         return "muted"
-    return "good" if low > baseline else "bad"
+    return "good" if row.low > baseline else "bad"
 
 
 def _between(places: Items[float], value: float) -> float:
@@ -365,7 +394,11 @@ def _log(value: float) -> float:
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 3] + "..."
+    """Without its middle: names that are long differ at their ends."""
+    if len(name) <= LONGEST_LABEL:
+        return name
+    tail = LONGEST_LABEL // 3
+    return f"{name[: LONGEST_LABEL - 3 - tail]}...{name[-tail:]}"
 
 
 def _colour(name: str) -> str:

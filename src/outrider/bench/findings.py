@@ -87,13 +87,10 @@ def cell_name(cell: Row) -> str:
 
 
 def level_names(levels: Items[Row]) -> list[str]:
-    """What loads are called: their arm stands before where there are several."""
-    is_alone = len({level.get("arm") for level in levels}) == 1
+    """What the loads of one arm are called, each differently."""
     found: dict[str, None] = {}
-    for position, level in enumerate(levels):
-        told = _load_of(level) or f"load {position + 1}"
-        arm = "" if is_alone else f"{level.get('arm') or 'no arm'}, "
-        found[unique(found, f"{arm}{told}")] = None
+    for position, level in enumerate(levels, start=1):
+        found[unique(found, load_name(level) or f"load {position}")] = None
     return list(found)
 
 
@@ -106,7 +103,8 @@ def unique(taken: Mapping[str, Any], name: str) -> str:
     return found
 
 
-def _load_of(level: Row) -> str:
+def load_name(level: Row) -> str:
+    """Of a load, whoever answered it; "" where nothing tells."""
     if level.get("name"):
         return str(level["name"])
     for key, told in (("concurrency", "concurrency "), ("request_rate", "requests/s ")):

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence as Items
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from outrider.bench.feed import Feed, Listed, due_of, in_order_of
 from outrider.bench.histogram import since
+from outrider.bench.learners import Learners
 from outrider.bench.provenance import versions
 from outrider.bench.target import Acceptance, Ask, Question, Reply
 from outrider.engine.llm import LLM
@@ -20,8 +21,9 @@ from outrider.stream.events import Committed, RequestMetrics
 class InProcess:
     """One engine without a server: steps follow one another as fast as they can.
 
-    Prompts given to `run` become tokens before the clock starts. An arm's `extra` is for servers
-    and refused.
+    Prompts given to `run` become tokens before the clock starts. Policies that learn are kept for
+    each arm (an ask's `learner`), and begin with what the engine's knew when this was made. An
+    arm's `extra` is for servers and refused.
 
     Args:
         llm: serves nobody else meanwhile.
@@ -41,6 +43,7 @@ class InProcess:
         self._sleep = sleep
         self._encoded: dict[str, tuple[Question, tuple[int, ...]]] = {}
         self._at_start = _counted(llm)
+        self._learners = Learners(llm.engine)
 
     @property
     def has_chat_template(self) -> bool:
@@ -67,6 +70,8 @@ class InProcess:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "enable_prefix_caching": config.enable_prefix_caching,
+            "starts_with_prices": engine.has_prices,
+            "policies_shared_by_arms": self._learners.shared,
             "engine": "outrider",
             "engine_version": versions()["outrider"],
         }
@@ -92,6 +97,9 @@ class InProcess:
     ) -> list[Reply]:
         """Answers what a feed asks, until it ends; replies in the order in which they came.
 
+        An ask of another learner that comes while answers are under way teaches the first one's
+        policies.
+
         Raises:
             ConfigError: the engine serves somebody else, or nobody may be served at a time.
         """
@@ -105,6 +113,10 @@ class InProcess:
             return run.to_the_end()
         finally:
             run.dismiss()
+
+    def forget(self) -> None:
+        """Policies of all arms begin anew."""
+        self._learners.forget()
 
     def counters(self) -> Acceptance | None:
         """Of drafts; which passes emitted tokens for whom the engine does not count."""
@@ -194,6 +206,7 @@ class _Run:
         self._tick = tick
         self._flights: dict[str, _Flight] = {}
         self._replies: list[Reply] = []
+        self._teaching = ExitStack()
         self._start_s = target._clock()
 
     def to_the_end(self) -> list[Reply]:
@@ -212,6 +225,7 @@ class _Run:
         for request_id in self._flights:
             self._engine.abort(request_id)
         self._target.llm.flush()
+        self._teaching.close()
 
     def _now(self) -> float:
         return self._target._clock() - self._start_s
@@ -224,6 +238,10 @@ class _Run:
             self._send(self._feed.take(now_s))
 
     def _send(self, ask: Ask) -> None:
+        if not self._flights:
+            self._teaching.close()
+            learner = ask.learner or ask.arm.name
+            self._teaching.enter_context(self._target._learners.teaching(learner))
         now_s = self._now()
         try:
             request = self._target._request(ask)

@@ -13,6 +13,11 @@ from outrider.bench.statistics import Ratio, paired_ratio, sign_test, verdict
 from outrider.bench.target import Arm
 from outrider.request import SpeculationParams
 
+# Of what is timed: at concurrency 1 each prompt by itself, else a block of prompts as a whole.
+PER_TOKEN = "time per output token after the first (TPOT), prompt by prompt"
+PER_BLOCK = "time of a whole block of prompts per output token"
+ONE_PROMPT, ONE_BLOCK = "unknown: one prompt only", "unknown: one block only"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -36,12 +41,23 @@ class Pair:
     num_identical: int
     domains: tuple[tuple[str, Ratio], ...] = ()
 
+    @property
+    def interval_note(self) -> str | None:
+        """Why there is no interval; None where there is one."""
+        return interval_note(self.ratio, self.num_prompts)
+
+    @property
+    def interval_told(self) -> str:
+        """Its ends, or why there are none."""
+        return self.interval_note or f"{self.ratio.low:.2f} to {self.ratio.high:.2f}"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "base": self.base.name,
             "arm": self.arm.name,
             "ratio": self.ratio.ratio,
             "interval": self.ratio.interval,
+            "interval_note": self.interval_note,
             "verdict": self.verdict,
             "null_interval": self.null.interval,
             "min_detectable": self.ratio.detectable,
@@ -54,11 +70,19 @@ class Pair:
                     "domain": domain,
                     "ratio": ratio.ratio,
                     "interval": ratio.interval,
+                    "interval_note": interval_note(ratio, ratio.num_clusters),
                     "num_prompts": ratio.num_clusters,
                 }
                 for domain, ratio in self.domains
             ],
         }
+
+
+def interval_note(ratio: Ratio, num_prompts: int) -> str | None:
+    """Why there is no interval; None where there is one."""
+    if ratio.is_known:
+        return None
+    return ONE_PROMPT if num_prompts == 1 else ONE_BLOCK
 
 
 def pairs(measured: Measured) -> list[Pair]:
@@ -85,7 +109,7 @@ def pair(measured: Measured, base: int, arm: int, noise: Ratio) -> Pair:
         null=noise,
         verdict=verdict(ratio, noise, eps=plan.eps),
         sign_test=sign_test([sum(blocks) / len(blocks) for blocks in logs]),
-        num_prompts=len({q for block in measured.kept for q in block.questions}),
+        num_prompts=_num_prompts(measured),
         num_identical=_num_identical(measured, base, arm),
         domains=tuple(_by_domain(measured, base, arm)),
     )
@@ -111,10 +135,12 @@ def findings(measured: Measured) -> dict[str, Any]:
         "null": {
             "ratio": noise.ratio,
             "interval": noise.interval,
+            "interval_note": interval_note(noise, _num_prompts(measured)),
             "verdict": verdict(noise, eps=measured.plan.eps),
             "min_detectable": noise.detectable,
         },
         "run": {
+            "compared_by": PER_BLOCK if measured.plan.concurrency > 1 else PER_TOKEN,
             "stopped_by": measured.stopped,
             "num_blocks": len(measured.blocks),
             "num_marked": num_usable - num_kept,
@@ -180,6 +206,10 @@ def _arm(measured: Measured, number: int) -> dict[str, Any]:
             "joint_intervals": [[share.low, share.high] for share in rates],
         }
     return told
+
+
+def _num_prompts(measured: Measured) -> int:
+    return len({question for block in measured.kept for question in block.questions})
 
 
 def _num_identical(measured: Measured, base: int, arm: int) -> int:

@@ -117,7 +117,12 @@ def machine() -> dict[str, Any]:
 
 
 def machine_fingerprint() -> str:
-    """Equal where a timing may be taken over: same processor, cores, threads, torch and GPUs."""
+    """Equal where a timing may be taken over: same processor, cores, threads, torch and GPUs.
+
+    Of this process as it stands: cores are those it may run on, threads those that torch computes
+    with now (`torch.get_num_threads()`), so it changes where either is changed. Whoever keeps
+    timings takes it before the first of them.
+    """
     facts = {**machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     for name in ("system", "memory_gib"):  # neither changes what a pass takes
         facts.pop(name, None)

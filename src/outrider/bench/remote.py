@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence as Items
@@ -251,6 +252,18 @@ def _refusal(response: httpx.Response) -> str:
 
 
 def _close(runner: asyncio.Runner, http: httpx.AsyncClient) -> None:
+    """Wherever the last reference goes: a thread in which a loop runs can run no other."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        _end(runner, http)
+        return
+    thread = threading.Thread(target=_end, args=(runner, http))
+    thread.start()
+    thread.join()
+
+
+def _end(runner: asyncio.Runner, http: httpx.AsyncClient) -> None:
     with suppress(RuntimeError):  # the loop is gone already
         runner.run(http.aclose())
     runner.close()

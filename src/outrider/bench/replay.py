@@ -7,7 +7,7 @@ answer would have done. For answers that were drawn it is an estimate.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence as Items
+from collections.abc import Callable, Iterable, Mapping, Sequence as Items
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from outrider.bench.calibration.prediction import Load, Predictor
 from outrider.bench.statistics import INTERVAL, NUM_RESAMPLES
 from outrider.bench.workloads import Encoded
 from outrider.control.controller import Controller
@@ -146,6 +147,21 @@ def replay(
             f"method={params.method!r}: no record carries a prediction; leave it out"
         )
     return _summary(workload, params, counts, sessions)
+
+
+def predicted(row: Mapping[str, Any], predictor: Predictor) -> float:
+    """How many times as fast one request at a time would be with these drafts.
+
+    Args:
+        row: sums and means of a replay, as in a result's file. What verifying costs beside the
+            pass is taken to be what plain decoding's rest is.
+    """
+    plain_s = predictor.plain_s(Load(batch=1, context=0, is_drawn=False))
+    num_nodes = row["num_draft_tokens"] / max(row["num_drafts"], 1)
+    passes = predictor.cost.passes
+    more_s = row["draft_share"] * (passes.predict(1 + num_nodes) - passes.predict(1))
+    drafting_s = 1e-6 * (row["draft_us_per_call"] + row["other_us_per_call"])
+    return float(row["tokens_per_call"]["value"] * plain_s / (plain_s + more_s + drafting_s))
 
 
 def without_model(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from outrider.bench.drawings import Figure, arms_of_two, draw
 from outrider.bench.figures import Estimate
-from outrider.bench.findings import arm_of, base_of, estimate, rows_of
+from outrider.bench.findings import Row, arm_of, base_of, estimate, rows_of
 from outrider.bench.provenance import as_text
 from outrider.bench.result import Result
 from outrider.bench.tables import Table, show, side_by_side, tables, words
@@ -75,22 +75,36 @@ def sentences(result: Result) -> Iterator[str]:
         told = result.findings.get(key)
         if isinstance(told, str) and told:
             yield told
+    if asked := _prompts(result.data):
+        yield asked
     yield from filter(None, map(_of_pair, rows_of(result, "pairs")))
     verdict = result.findings.get("verdict")
-    if isinstance(verdict, str):
+    if isinstance(verdict, str) and "answer" not in result.findings:
         yield f"Verdict: {verdict}."
+
+
+def _prompts(data: Row) -> str:
+    """Which prompts, so that somebody else can tell whether theirs are the same."""
+    if not data.get("num_questions"):
+        return ""
+    count, of = data["num_questions"], data.get("num_in_file") or 0
+    counted = f"{count} of {of} prompts" if of > count else f"{count} prompts"
+    origin = f", {data['origin']}" if data.get("origin") else ""
+    sha = f", SHA-256 {data['sha256'][:16]}" if data.get("sha256") else ""
+    return f"Asked: {counted} of {data.get('path') or data.get('name')}{origin}{sha}."
 
 
 def _of_pair(pair: Any) -> str:
     ratio, noise = estimate(pair, "ratio"), pair.get("null_interval")
     if ratio is None:
         return ""
-    told = f"{arm_of(pair)} against {base_of(pair)}: {pair.get('verdict', '-')}, {_times(ratio)}"
+    told = f"{arm_of(pair)} against {base_of(pair)}: {pair.get('verdict', '-')}, "
+    told += _times(ratio, pair.get("interval_note"))
     return f"{told}; noise {show(noise)}." if noise else f"{told}."
 
 
-def _times(ratio: Estimate) -> str:
+def _times(ratio: Estimate, note: str | None) -> str:
     told = f"{ratio.value:.3f} times as fast"
     if ratio.low is None or ratio.high is None:
-        return told
+        return f"{told} (95 % interval {note})" if note else told
     return f"{told} (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"

@@ -35,6 +35,7 @@ class Ratio:
     """How many times as fast: geometric mean over clusters, and its 95 % interval.
 
     Attributes:
+        low, high: ends of the interval; not a number where a single cluster says nothing of others.
         num_clusters: prompts, or batches of prompts; num_blocks: all of their blocks together.
         noise: half-width, on logarithms, that repeating the same blocks would still narrow; 0
             where no cluster was measured twice.
@@ -50,17 +51,28 @@ class Ratio:
     detectable: float = math.inf
 
     @property
-    def interval(self) -> tuple[float, float]:
-        return self.low, self.high
+    def is_known(self) -> bool:
+        """Whether there is an interval: it takes two clusters."""
+        return not math.isnan(self.low)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its ends; None where it is not known."""
+        return (self.low, self.high) if self.is_known else None
 
     @property
     def half_width(self) -> float:
-        """On logarithms; close to a share for small ones."""
-        return (math.log(self.high) - math.log(self.low)) / 2
+        """On logarithms; close to a share for small ones. Infinite where it is not known."""
+        return (math.log(self.high) - math.log(self.low)) / 2 if self.is_known else math.inf
 
     @property
     def reach(self) -> float:
-        """How far from 1 the interval goes, on logarithms: what noise may pass for, of a null."""
+        """How far from 1 the interval goes, on logarithms: what noise may pass for, of a null.
+
+        Infinite where it is not known.
+        """
+        if not self.is_known:
+            return math.inf
         return max(abs(math.log(self.low)), abs(math.log(self.high)))
 
 
@@ -91,7 +103,8 @@ def paired_ratio(clusters: Clusters, *, seed: int = 0, num_resamples: int = NUM_
     of their blocks already, so they are first drawn together until only the variance between
     prompts is left in them, and what the second stage adds is counted once (Davison and Hinkley
     1997, section 3.8). Percentiles are taken further out as Student's t asks for that many
-    clusters (Hesterberg 2015, section 5.3), or few prompts would cover less than 95 %.
+    clusters (Hesterberg 2015, section 5.3), or few prompts would cover less than 95 %. A single
+    cluster has no interval, however often it was measured: nobody knows how others differ from it.
 
     Raises:
         ValueError: there is no block at all.
@@ -101,12 +114,15 @@ def paired_ratio(clusters: Clusters, *, seed: int = 0, num_resamples: int = NUM_
         raise ValueError("no prompt was measured: give at least one")
     means = np.array([cluster.mean() for cluster in kept])
     told = spread(kept)
-    logs = _resample(kept, means, told, np.random.default_rng(seed), num_resamples)
-    low, high = np.quantile(logs, _tails(len(kept)))
+    low = high = math.nan
+    if len(kept) > 1:
+        logs = _resample(kept, means, told, np.random.default_rng(seed), num_resamples)
+        ends = np.quantile(logs, _tails(len(kept)))
+        low, high = min(ends[0], means.mean()), max(ends[1], means.mean())
     return Ratio(
         ratio=math.exp(means.mean()),
-        low=math.exp(min(low, means.mean())),
-        high=math.exp(max(high, means.mean())),
+        low=math.exp(low),
+        high=math.exp(high),
         num_clusters=len(kept),
         num_blocks=sum(map(len, kept)),
         noise=_z() * math.sqrt(told.noise),
@@ -274,9 +290,7 @@ def _within(clusters: Items[Floats], pick_RN: NDArray[np.int64], rng: Any) -> Fl
 
 
 def _tails(count: int) -> tuple[float, float]:
-    """Where percentiles are taken for so many clusters."""
-    if count < 2:
-        return 0.0, 1.0
+    """Where percentiles are taken for so many clusters, two or more."""
     reach = student(1 - (1 - INTERVAL) / 2, count - 1) * math.sqrt(count / (count - 1))
     tail = NORMAL.cdf(-reach)
     return tail, 1 - tail

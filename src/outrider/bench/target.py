@@ -5,7 +5,7 @@ Times are seconds on one clock, counted from the start of the run.
 
 from collections.abc import Callable, Mapping, Sequence as Items
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from outrider.engine.prompts import Prompt
 from outrider.request import SamplingParams, SpeculationParams
@@ -47,6 +47,8 @@ class Ask:
     Attributes:
         at_s: when it is sent (open loop); 0 sends it as soon as the concurrency allows.
         tenant: asks of different tenants share no prefix cache.
+        learner: asks of different learners teach each other's policies nothing, where the target
+            can keep them apart; "" is the arm's name.
     """
 
     question: Question
@@ -54,6 +56,7 @@ class Ask:
     arm: Arm
     at_s: float = 0.0
     tenant: str = ""
+    learner: str = ""
     priority: int = 0
 
 
@@ -148,4 +151,13 @@ class Target(Protocol):
 
     def counters(self) -> Acceptance | None:
         """Speculation counters since the target's start, None where it has none."""
+        ...
+
+
+@runtime_checkable
+class Forgets(Protocol):
+    """A target whose policies learn, arm by arm, and can be made to begin anew."""
+
+    def forget(self) -> None:
+        """What policies have learned of any arm is gone."""
         ...

@@ -19,6 +19,8 @@ from outrider.tokenizer import Tokenizer
 MAX_PROMPT_TOKENS = 4096
 MAX_ID = 1 << 31  # token ids are counted in 32 bits
 
+ANSWERS = ("output", "response")  # what the answer of a line may be called
+
 Piece: TypeAlias = str | tuple[int, ...]
 
 
@@ -123,11 +125,15 @@ def _read(read: Callable[[Path], Iterator[Record]], path: Path) -> list[Record]:
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
-    """Lines {"prompt": text or ids, "output": text or ids, "session"?, "prediction"?}."""
+    """Lines {"prompt": text or ids, "output": text or ids, "session"?, "prediction"?}.
+
+    The answer may also be called "response".
+    """
     for number, values in _lines(path):
-        if not isinstance(values, Mapping) or not {"prompt", "output"} <= set(values):
+        answer = next((key for key in ANSWERS if isinstance(values, Mapping) and key in values), "")
+        if not answer or "prompt" not in values:
             raise ConfigError(f'{path}:{number}: give an object with "prompt" and "output"')
-        prompt, output = (_piece(values[key]) for key in ("prompt", "output"))
+        prompt, output = (_piece(values[key]) for key in ("prompt", answer))
         if not prompt or not output:
             raise ConfigError(f"{path}:{number}: prompt or output is empty; drop the line")
         told = (str(values.get(key, "")) for key in ("session", "prediction"))

@@ -4,22 +4,18 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from outrider.bench.ab import BUDGET_S, Measured, Plan, Progressed, measure
-from outrider.bench.by_arm import ByArm
 from outrider.bench.datasets import OWN
 from outrider.bench.journal import open_journal
 from outrider.bench.pairs import result
 from outrider.bench.provenance import Watch
 from outrider.bench.result import Result
 from outrider.bench.statistics import EPS
-from outrider.bench.target import Target
 from outrider.cli import bench_options as options
 from outrider.cli.bench_options import Parsed
-from outrider.errors import ConfigError
+from outrider.cli.bench_tables import Grid
 from outrider.request import OFF
 
 MANY_MARKED = 0.2  # of all blocks
@@ -56,7 +52,11 @@ def ab_command(
     """
     watch = Watch()
     parsed = _arms(arm)
-    target = _target(parsed, model, url, draft_model, engine, concurrency)
+    target = options.as_one(
+        options.open_by_arm(
+            parsed, model, url, draft_model=draft_model, engine=engine, concurrency=concurrency
+        )
+    )
     data = options.read_dataset(prompts, limit, target)
     plan = Plan(
         arms=tuple(one.arm for one in parsed),
@@ -70,8 +70,7 @@ def ab_command(
     )
     about = target.describe()
     path = options.result_path(as_json, out, "ab")
-    identity = {**plan.identity(), "model": about.get("model_hash") or about.get("model")}
-    with open_journal(path, identity, resume=resume) as journal:
+    with open_journal(path, options.identity(plan.identity(), about), resume=resume) as journal:
         with options.progress("warming up", 1.0) as tell:
             measured = measure(target, plan, journal=journal, tick=_Teller(tell, budget))
         found = result(
@@ -88,12 +87,9 @@ def ab_command(
     console.print(told(found, measured), style="dim")
 
 
-def table(found: Result) -> Table:
+def table(found: Result) -> Grid:
     """Arms, each beside the first."""
-    shown = Table(box=SIMPLE, padding=0, expand=False)
-    shown.add_column("arm", overflow="fold", min_width=16)
-    for name in ("tokens/s", "times as fast (95 %)", "verdict", "acceptance", "same"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = Grid("arm", "tokens/s", "times as fast (95 %)", "verdict", "accept-\nance", "same")
     first, *others = found.findings["arms"]
     base_pairs = [pair for pair in found.findings["pairs"] if pair["base"] == first["name"]]
     shown.add_row(first["name"], _speed(first))
@@ -123,12 +119,15 @@ def told(found: Result, measured: Measured) -> str:
     servers = (
         "" if found.target.get("one_process", True) else " The arms did not run in one process."
     )
+    unknown = _unknown(found.findings["null"])
     return (
         f"{run['num_blocks']} blocks, {run['num_marked']} marked as disturbed{left_out}; "
-        f"stopped by {run['stopped_by']}. Equal: the whole interval within {eps:g} % of 1. Faster "
-        "or slower: the interval leaves out 1, and the ratio is farther from 1 than the null arm's "
-        "interval reaches. acceptance: tokens per drafted step, the target's own included. same: "
-        f"prompts whose answers were the same in every run.{steady}{servers}"
+        f"stopped by {run['stopped_by']}. times as fast: by {run['compared_by']}. tokens/s: all "
+        f"tokens over all seconds, waiting for the first one included.{unknown} Equal: the whole "
+        f"interval within {eps:g} % of 1. Faster or slower: the interval leaves out 1, and the "
+        "ratio is farther from 1 than the null arm's interval reaches. acceptance: tokens per "
+        "drafted step, the target's own included. same: prompts whose answers were the same in "
+        f"every run.{steady}{servers}"
     )
 
 
@@ -152,36 +151,18 @@ def _arms(texts: list[str] | None) -> list[Parsed]:
     return options.read_arms(given if len(given) > 1 else [OFF, *given])
 
 
-def _target(
-    parsed: list[Parsed],
-    model: str | None,
-    url: str | None,
-    draft_model: str | None,
-    engine: str | None,
-    concurrency: int,
-) -> Target:
-    """One for all arms, or by arm where some have a server of their own."""
-    of_server: dict[str | None, Target] = {
-        one.url: options.open_target(model, one.url) for one in parsed if one.url is not None
-    }
-    if len([one for one in parsed if one.url]) == len(parsed):
-        if url is not None:
-            raise ConfigError(f"--url {url!r}: every arm has a server of its own; drop it")
-        return ByArm(_by_name(parsed, of_server))
-    shared = options.open_target(
-        model, url, draft_model=draft_model, engine=engine, concurrency=concurrency
-    )
-    return ByArm(_by_name(parsed, {None: shared, **of_server})) if of_server else shared
-
-
-def _by_name(parsed: list[Parsed], targets: Mapping[str | None, Target]) -> dict[str, Target]:
-    return {one.arm.name: targets[one.url] for one in parsed}
-
-
 def _speed(arm: Mapping[str, Any]) -> str:
     return f"{arm['tokens_per_second']:.1f}"
 
 
 def _ratio(pair: Mapping[str, Any]) -> str:
+    if pair["interval"] is None:
+        return f"{pair['ratio']:.3f} (unknown)"
     low, high = pair["interval"]
     return f"{pair['ratio']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _unknown(null: Mapping[str, Any]) -> str:
+    """Why there are no intervals, where there are none."""
+    note = null["interval_note"]
+    return f" Intervals are {note}; give more prompts." if note else ""

@@ -4,9 +4,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from outrider.bench.datasets import OWN, Dataset, load_dataset
 from outrider.bench.inprocess import InProcess
@@ -30,6 +28,7 @@ from outrider.bench.target import Arm, Target
 from outrider.cli import bench_options as options
 from outrider.cli.bench_calibrate import read_integers
 from outrider.cli.bench_sweep import Concurrencies, Ks, is_ours, prices_for, settings, swept
+from outrider.cli.bench_tables import Grid
 from outrider.errors import ConfigError
 
 BUDGET_S = 180.0
@@ -142,10 +141,7 @@ COLUMNS = (
 
 def _show(told: Advice, found: list[Candidate]) -> None:
     console = Console()
-    shown = Table(box=SIMPLE, padding=(0, 1))
-    shown.add_column("drafter", overflow="fold", min_width=11)
-    for name in COLUMNS:
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = Grid("drafter", *COLUMNS)
     for row in table(found):
         interval = row["interval"]
         drafter = row["drafter"]
@@ -154,13 +150,19 @@ def _show(told: Advice, found: list[Candidate]) -> None:
             str(row["concurrency"]),
             str(row["num_draft_tokens"] or "-"),
             _number(row["ratio"]),
-            "-" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+            _ends(interval, row["interval_note"]),
             row["verdict"] or "-",
             _number(row["predicted"]),
             _number(row["adaptive_ratio"]),
         )
     console.print(shown)
     console.print(told.answer)
+
+
+def _ends(interval: tuple[float, float] | None, note: str | None) -> str:
+    if interval is None:
+        return "unknown" if note else "-"
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def _number(value: float | None) -> str:

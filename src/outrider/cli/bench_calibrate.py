@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from outrider.bench import result
 from outrider.bench.calibration.calibrate import (
@@ -25,6 +23,7 @@ from outrider.bench.result import Result
 from outrider.bench.sweep.advise import usual_arms
 from outrider.bench.target import Arm, Question
 from outrider.cli import bench_options as options
+from outrider.cli.bench_tables import Grid
 from outrider.errors import ConfigError, RequestError
 
 KIND = "calibrate"
@@ -33,6 +32,10 @@ BUDGET_S = 30.0
 
 def calibrate_command(
     model: options.Model = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Refused: the passes of a server cannot be timed from outside."),
+    ] = None,
     draft_model: options.DraftModel = None,
     engine: options.Engine = None,
     arm: options.Arms = None,
@@ -52,8 +55,15 @@ def calibrate_command(
 ) -> None:
     """Time passes by rows and context, and drafters on a few prompts: what K costs at any load.
 
-    `outrider bench sweep --calibration FILE` takes the result, on the same machine and model.
+    `outrider bench sweep --calibration FILE` takes the result, on the same machine and model, with
+    as many threads. It needs the model in this process; of a server, `outrider bench sweep --url`
+    measures K by load without predicting it.
     """
+    if url is not None:
+        raise ConfigError(
+            f"--url {url!r}: the passes of a server cannot be timed from outside; calibrate on its "
+            "machine with the model in this process, or measure it by `outrider bench sweep --url`"
+        )
     watch = Watch()
     target = in_process(model, draft_model, engine, max(read_integers("--rows", rows)))
     data = options.read_dataset(prompts, limit, target)
@@ -130,13 +140,10 @@ def findings(found: Calibration, target: InProcess) -> dict[str, Any]:
     }
 
 
-def table(found: Calibration) -> Table:
+def table(found: Calibration) -> Grid:
     """Milliseconds of a pass: rows down, contexts across; the fit in brackets."""
     contexts = sorted({point.context for point in found.points})
-    shown = Table(box=SIMPLE, padding=(0, 1))
-    shown.add_column("rows", justify="right")
-    for context in contexts:
-        shown.add_column(f"context {context}\nms (fit)", justify="right")
+    shown = Grid("rows", *(f"context {context}\nms (fit)" for context in contexts))
     at = {(point.num_rows, point.context): point for point in found.points}
     for num_rows in sorted({point.num_rows for point in found.points}):
         cells = []
@@ -154,7 +161,12 @@ def in_process(
     model: str | None, draft_model: str | None, engine: str | None, concurrency: int
 ) -> InProcess:
     target = options.open_target(
-        model, None, draft_model=draft_model, engine=engine, concurrency=concurrency
+        model,
+        None,
+        draft_model=draft_model,
+        engine=engine,
+        concurrency=concurrency,
+        has_prices=False,
     )
     assert isinstance(target, InProcess), "without a URL it is our own engine"
     return target

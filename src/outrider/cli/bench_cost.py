@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from outrider.bench.cost import Bill, Plan, Slo, measure, num_ticks
 from outrider.bench.datasets import OWN
@@ -20,6 +18,7 @@ from outrider.bench.provenance import Watch
 from outrider.bench.result import Result
 from outrider.bench.target import Arm, Target
 from outrider.cli import bench_options as options
+from outrider.cli.bench_tables import Grid
 from outrider.errors import ConfigError
 
 KIND = "cost"
@@ -27,8 +26,11 @@ ELSEWHERE = "the server runs elsewhere: its counters cannot be read from here"
 
 
 def cost_command(
-    dollars_per_hour: Annotated[float, typer.Option(help="What the machine costs.")],
     model: options.Model = None,
+    dollars_per_hour: Annotated[
+        float | None,
+        typer.Option(help="What the machine costs; without it seconds are told, and no price."),
+    ] = None,
     url: options.Url = None,
     draft_model: options.DraftModel = None,
     engine: options.Engine = None,
@@ -61,9 +63,10 @@ def cost_command(
 ) -> None:
     """What do a million prompt, cached and output tokens cost, and what does speculation save?
 
-    From measured seconds: every step's time is shared among the tokens it held, and with the idle
-    time the shares add up to the wall clock. Of a server by --url, prices come from the difference
-    between runs with and without answers. Energy is told where the machine counts it.
+    In dollars by --dollars-per-hour, else in seconds of the machine. From measured seconds: every
+    step's time is shared among the tokens it held, and with the idle time the shares add up to the
+    wall clock. Of a server by --url, prices come from the difference between runs with and without
+    answers. Energy is told where the machine counts it.
     """
     watch = Watch()
     parsed = options.read_arms(arm or [options.DEFAULT])
@@ -85,9 +88,8 @@ def cost_command(
         seed=seed,
     )
     about = target.describe()
-    identity = {**plan.identity(), "model": about.get("model_hash") or about.get("model")}
     path = options.result_path(as_json, out, KIND)
-    with open_journal(path, identity, resume=resume) as journal:
+    with open_journal(path, options.identity(plan.identity(), about), resume=resume) as journal:
         late = time.monotonic() + budget
         for one in plan.arms:
             if one.name not in journal and (time.monotonic() < late or not len(journal)):
@@ -128,19 +130,20 @@ def cost_command(
         console.print(line, style="dim", markup=False)
 
 
-def table(result: Result) -> Table:
+def table(result: Result) -> Grid:
     """One row per class of each arm, and the idle time."""
-    shown = Table(box=SIMPLE, padding=0, expand=False)
-    shown.add_column("arm", overflow="fold", min_width=12)
-    shown.add_column("tokens of class")
-    has_slo = any(row["within_slo"] is not None for row in result.findings["classes"])
-    columns = ("tokens", "seconds", "$ per million", "with idle time")
-    for name in (*columns, "within limits") if has_slo else columns:
-        shown.add_column(name, justify="right")
+    has_price = result.findings["dollars_per_hour"] is not None
+    keys = {
+        "s per\nmillion": "seconds_per_million",
+        **({"$ per\nmillion": "dollars_per_million"} if has_price else {}),
+        "with idle\ntime": "with_idle" if has_price else "seconds_with_idle",
+    }
+    if any(row["within_slo"] is not None for row in result.findings["classes"]):
+        keys["within\nlimits"] = "within_slo"
+    shown = Grid("arm", "of class", "tokens", "seconds", *keys, folds=("of class",))
     for row in result.findings["classes"]:
         cells = [f"{row['tokens']}", f"{row['seconds']:.2f}"]
-        cells += [_dollars(row[key]) for key in ("dollars_per_million", "with_idle")]
-        cells += [_dollars(row["within_slo"])] if has_slo else []
+        cells += [_price(row[key]) for key in keys.values()]
         shown.add_row(row["arm"], row["class"].removesuffix(f" ({row['arm']})"), *cells)
     for arm in result.findings["arms"]:
         idle = arm["idle_s"]
@@ -155,8 +158,11 @@ def told(result: Result) -> list[str]:
 
 def _told_of(arm: Mapping[str, Any]) -> str:
     busy = arm["utilisation"]
+    price = arm["blended_dollars_per_million"]
+    seconds = arm["blended_seconds_per_million"]
+    blended = f"{_price(seconds)} s" if price is None else f"{_price(price)} $"
     parts = [
-        f"{arm['name']}: {_dollars(arm['blended_dollars_per_million'])} $ per million of any kind",
+        f"{arm['name']}: {blended} per million of any kind",
         f"{arm['input_to_output']:.2f} input tokens per output token"
         if arm["input_to_output"] is not None
         else "no output",
@@ -198,5 +204,5 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
-def _dollars(value: float | None) -> str:
+def _price(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"

@@ -1,38 +1,32 @@
 """`outrider bench load`: waits and throughput of many at once, in closed or open loop."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence as Items
+from collections.abc import Callable, Mapping, Sequence as Items
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
-from outrider.bench.datasets import OWN
-from outrider.bench.journal import Journal, open_journal
-from outrider.bench.load import Level, Server, closed_loop, measure
-from outrider.bench.load_summary import blocks, read_slo, summary
+from outrider.bench.datasets import OWN, Dataset
+from outrider.bench.journal import open_journal
+from outrider.bench.load_run import Runner, best, described
+from outrider.bench.load_summary import read_slo
 from outrider.bench.provenance import Watch
 from outrider.bench.result import Result, content_hash
 from outrider.bench.talks import Habits
-from outrider.bench.target import Arm
-from outrider.cli import bench_options as options
+from outrider.cli import bench_load_options as load_options, bench_options as options
 from outrider.cli.bench_load_levels import (
     CONCURRENCIES,
-    OPEN_S,
-    ROUNDS,
     Asked,
     encoder,
     levels,
     read_ramp,
     read_trace,
 )
-from outrider.errors import ConfigError
-from outrider.request import SamplingParams
+from outrider.cli.bench_tables import Grid
 
+KIND = "load"
 BUDGET_S = 600.0
 LATE_MS = 20.0  # a client that sends so late measures itself
 LEGEND = (
@@ -56,64 +50,19 @@ def load_command(
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     ignore_eos: options.IgnoreEos = False,
-    concurrency: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--concurrency", "-c", min=1, help="Closed loop: requests in flight; may be repeated."
-        ),
-    ] = None,
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(help="Open loop: requests per second; may be repeated."),
-    ] = None,
-    burstiness: Annotated[
-        float,
-        typer.Option(help="Of arrivals: 1 is Poisson, less comes in bursts, inf evenly."),
-    ] = 1.0,
-    ramp_of: Annotated[
-        str | None,
-        typer.Option("--ramp", help="Open loop: a rate that changes, as FIRST:LAST:SECONDS."),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            help="Open loop: recorded arrivals and lengths (Azure, Mooncake, BurstGPT, Vidur). "
-            "With --rate only the lengths."
-        ),
-    ] = None,
-    speed: Annotated[float, typer.Option(help="Of the trace: 2 is twice as fast.")] = 1.0,
-    scale_lengths: Annotated[
-        float, typer.Option(help="Of the trace: 0.1 makes prompts and answers a tenth as long.")
-    ] = 1.0,
-    turns: Annotated[
-        int, typer.Option(min=1, help="Closed loop: turns of a talk, each behind the last one.")
-    ] = 1,
-    think: Annotated[
-        float, typer.Option(min=0.0, help="Mean seconds between an answer and the next turn.")
-    ] = 0.0,
-    num_requests: Annotated[
-        int | None,
-        typer.Option(
-            "--num-requests",
-            "-n",
-            min=1,
-            help=f"Of each load; if unset {ROUNDS} per user, or {OPEN_S:g} seconds of a rate.",
-        ),
-    ] = None,
-    duration: Annotated[
-        float | None, typer.Option(min=0.0, help="Seconds of a load after which none is sent.")
-    ] = None,
-    slo: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What makes an answer good: ttft:MS, tpot:MS, e2el:MS, or a name of MLPerf's such "
-            "as llama3.1-8b; may be repeated."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Of the server's model, so that a trace's prompts have exact lengths."),
-    ] = None,
+    concurrency: load_options.Concurrencies = None,
+    rate: load_options.Rates = None,
+    burstiness: load_options.Burstiness = 1.0,
+    ramp_of: load_options.Ramp = None,
+    trace: load_options.TracePath = None,
+    speed: load_options.Speed = 1.0,
+    scale_lengths: load_options.ScaleLengths = 1.0,
+    turns: load_options.Turns = 1,
+    think: load_options.Think = 0.0,
+    num_requests: load_options.NumRequests = None,
+    duration: load_options.Duration = None,
+    slo: load_options.Limits = None,
+    tokenizer: load_options.TokenizerName = None,
     budget: options.Budget = BUDGET_S,
     as_json: options.AsJson = None,
     out: options.Out = None,
@@ -128,13 +77,14 @@ def load_command(
     limits = read_slo(slo or ())
     parsed = options.read_arms(arm or [options.DEFAULT])
     in_flight = max(concurrency or CONCURRENCIES)
-    targets = _targets(parsed, model, url, draft_model, engine, in_flight)
-    target = targets[parsed[0].arm.name]
-    data = options.read_dataset(prompts, limit, target)
-    plain = options.sampling_params(max_tokens, temperature, seed, ignore_eos=ignore_eos)
+    targets = options.open_by_arm(
+        parsed, model, url, draft_model=draft_model, engine=engine, concurrency=in_flight
+    )
+    first = targets[parsed[0].arm.name]
+    data = options.read_dataset(prompts, limit, first)
     asked = Asked(
         data=data,
-        trace=read_trace(trace, speed, scale_lengths, num_requests, target),
+        trace=read_trace(trace, speed, scale_lengths, num_requests, first),
         concurrencies=tuple(concurrency or ()),
         rates=tuple(sorted(rate or ())),
         burstiness=None if burstiness == float("inf") else burstiness,
@@ -144,168 +94,79 @@ def load_command(
         duration=duration,
         seed=seed,
     )
-    loads = list(levels(asked, encoder(target, tokenizer)))
-    sampling = plain if trace is None else replace(plain, max_tokens=None, ignore_eos=True)
-    about = _described(targets)
-    settings = {
-        "arms": [one.arm for one in parsed],
-        "levels": [level.name for level in loads],
-        "sampling": sampling,
-        "burstiness": burstiness,
-        "turns": turns,
-        "think_s": think,
-        "duration": duration,
-        "slo": limits,
-        "trace": asked.trace.describe() if asked.trace else None,
-        "draft_model": draft_model,
-        "engine": engine,
-        "url": url,
-    }
-    path = options.result_path(as_json, out, "load")
-    with open_journal(path, _identity(settings, loads, about, seed), resume=resume) as journal:
-        arms = [one.arm for one in parsed]
-        run = _Runner(targets, loads, arms, sampling, limits, budget, journal)
-        with options.progress("warming up") as tell:
-            run.to_the_end(tell)
-        found = Result(
-            kind="load",
-            findings={"levels": run.levels, "left_out": run.left_out, "best": best(run.levels)},
-            blocks=run.blocks,
-            settings=settings,
-            data=data.describe(),
-            target=about,
-            seeds={"seed": seed},
-            provenance=watch.facts(),
-        )
-        options.save(found, as_json, out)
-        journal.finish()
+    plain = options.sampling_params(max_tokens, temperature, seed, ignore_eos=ignore_eos)
+    run = Runner(
+        targets,
+        list(levels(asked, encoder(first, tokenizer))),
+        [one.arm for one in parsed],
+        plain if trace is None else replace(plain, max_tokens=None, ignore_eos=True),
+        limits,
+        budget,
+    )
+    settings = _settings(run, asked, draft_model=draft_model, engine=engine, url=url)
+    path = options.result_path(as_json, out, KIND)
+    found = _measured(run, data, settings, path, watch, resume=resume)
+    options.save(found, as_json, out)
+    if not run.finish():
+        typer.echo("the budget was over before the last load: go on by --resume", err=True)
     console = Console()
     console.print(table(run.levels))
     console.print(told(found), style="dim")
 
 
-def _described(targets: Mapping[str, Server]) -> dict[str, Any]:
-    """The first arm's target, and by arm where there are several."""
-    first, *_ = targets.values()
-    told = {arm: target.describe() for arm, target in targets.items()}
-    alone = len({id(target) for target in targets.values()}) == 1
-    return first.describe() if alone else {**first.describe(), "by_arm": told}
+def _measured(
+    run: Runner,
+    data: Dataset,
+    settings: dict[str, Any],
+    path: Path | None,
+    watch: Watch,
+    *,
+    resume: bool,
+) -> Result:
+    """All loads, those that an interrupted run finished taken from its journal."""
+    about, seed = described(run.targets), run.sampling.seed or 0
+    requests = content_hash([(level.questions, level.at_s) for level in run.loads])
+    identity = options.identity({**settings, "requests": requests, "seed": seed}, about)
+    with (
+        open_journal(path, identity, resume=resume) as journal,
+        options.progress("warming up") as tell,
+    ):
+        run.to_the_end(journal, tell)
+    return Result(
+        kind=KIND,
+        findings={
+            "levels": run.levels,
+            "left_out": run.left_out,
+            "best": best(run.levels),
+            "rounds": run.num_rounds(len(data.questions)),
+        },
+        blocks=run.blocks,
+        settings=settings,
+        data=data.describe(),
+        target=about,
+        seeds={"seed": seed},
+        provenance=watch.facts(),
+    )
 
 
-def _identity(
-    settings: Mapping[str, Any], levels: Items[Level], about: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
-    """What a load's figures depend on."""
+def _settings(run: Runner, asked: Asked, **given: Any) -> dict[str, Any]:
+    """What was asked for, defaults filled in."""
+    habits = asked.habits or Habits(num_turns=1, think_s=0.0)
     return {
-        **settings,
-        "requests": content_hash([(level.questions, level.at_s) for level in levels]),
-        "model": about.get("model_hash") or about.get("model"),
-        "seed": seed,
+        "arms": run.arms,
+        "levels": [level.name for level in run.loads],
+        "sampling": run.sampling,
+        "burstiness": "inf" if asked.burstiness is None else asked.burstiness,
+        "turns": habits.num_turns,
+        "think_s": habits.think_s,
+        "duration": asked.duration,
+        "slo": run.slo,
+        "trace": asked.trace.describe() if asked.trace else None,
+        **given,
     }
 
 
-class _Runner:
-    """All loads under all arms, those of an interrupted run left as they are."""
-
-    def __init__(
-        self,
-        targets: Mapping[str, Server],
-        levels: Items[Level],
-        arms: Items[Arm],
-        sampling: SamplingParams,
-        slo: Mapping[str, float],
-        budget_s: float,
-        journal: Journal,
-    ) -> None:
-        self._targets, self._loads, self._arms = targets, levels, arms
-        self._sampling, self._slo, self._journal = sampling, slo, journal
-        self._end_s = time.perf_counter() + budget_s
-        self._is_warm: set[str] = set()
-        self._saturated: dict[str, str] = {}  # arm -> load
-        self.left_out: list[str] = []
-
-    @property
-    def levels(self) -> list[dict[str, Any]]:
-        """Figures, in the order of the loads."""
-        return [self._journal[key]["figures"] for key in self._keys() if key in self._journal]
-
-    @property
-    def blocks(self) -> list[dict[str, Any]]:
-        return [
-            {"level": key, "requests": self._journal[key]["requests"]}
-            for key in self._keys()
-            if key in self._journal
-        ]
-
-    def to_the_end(self, tell: Callable[..., None]) -> None:
-        for place, level in enumerate(self._loads):
-            # There and back, so that a drift of the machine is nobody's.
-            for arm in self._arms if place % 2 == 0 else reversed(self._arms):
-                self._run(level, arm, tell)
-
-    def _run(self, level: Level, arm: Arm, tell: Callable[..., None]) -> None:
-        key = _key(level, arm)
-        if key not in self._journal:
-            reason = self._why_not(level, arm)
-            if reason:
-                self.left_out.append(f"{key}: {reason}")
-                return
-            self._warm_up(level, arm)
-            self._measure(level, arm, tell)
-        if self._journal[key]["figures"]["saturated"]:
-            self._saturated[arm.name] = level.name
-
-    def _why_not(self, level: Level, arm: Arm) -> str:
-        if time.perf_counter() > self._end_s:
-            return "the budget was over"
-        if level.rate is not None and arm.name in self._saturated:
-            return f"already saturated at {self._saturated[arm.name]}"
-        return ""
-
-    def _warm_up(self, level: Level, arm: Arm) -> None:
-        """A few requests that nobody counts, once per arm; ConfigError where none is answered."""
-        if arm.name in self._is_warm:
-            return
-        self._is_warm.add(arm.name)
-        first = replace(
-            closed_loop(level.questions[:2], 2, 4), name="warm-up", is_filler=level.is_filler
-        )
-        replies = measure(self._targets[arm.name], first, arm, self._sampling).replies
-        if all(reply.error for reply in replies):
-            raise ConfigError(f"arm {arm.name!r}: no request is answered ({replies[0].error})")
-
-    def _measure(self, level: Level, arm: Arm, tell: Callable[..., None]) -> None:
-        num, key = len(level.questions), _key(level, arm)
-        done = 0
-
-        def tick(_: object) -> None:
-            nonlocal done
-            done += 1
-            tell(done, num, key)
-
-        tell(0, num, key)
-        measured = measure(self._targets[arm.name], level, arm, self._sampling, tick=tick)
-        figures = summary(measured, self._slo)
-        self._journal.add(key, {"figures": figures, "requests": blocks(measured)})
-
-    def _keys(self) -> Iterator[str]:
-        return (_key(level, arm) for level in self._loads for arm in self._arms)
-
-
-def best(levels: Items[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By arm, the load with the most good answers per second; () without limits."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for level in levels:
-        known = found.get(level["arm"])
-        if "request_goodput" in level and (
-            known is None or level["request_goodput"] > known["request_goodput"]
-        ):
-            found[level["arm"]] = level
-    keys = ("arm", "name", "request_goodput", "output_goodput", "slo_attainment", "slo_met")
-    return [{key: level[key] for key in keys} for level in found.values()]
-
-
-def table(levels: Items[Mapping[str, Any]]) -> Table:
+def table(levels: Items[Mapping[str, Any]]) -> Grid:
     """A line per load and arm; columns that would be empty are left out."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "req\n/s": lambda level: f"{level['request_throughput']:.2f}",
@@ -320,10 +181,7 @@ def table(levels: Items[Mapping[str, Any]]) -> Table:
         columns["good\n/s"] = lambda level: f"{level['request_goodput']:.2f}"
     if any(level["failed"] for level in levels):
         columns["failed"] = lambda level: str(level["failed"])
-    shown = Table(box=SIMPLE, padding=(0, 1, 0, 0), expand=False)
-    shown.add_column("load", overflow="fold", min_width=20)
-    for name in columns:
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = Grid("load", *columns)
     title = ""
     for level in levels:
         if level["name"] != title:
@@ -344,8 +202,11 @@ def told(found: Result) -> str:
     left_out = "; ".join(found.findings["left_out"])
     is_saturated = any(level["saturated"] for level in levels)
     is_short = any(level["too_short"] for level in levels)
+    rounds = found.findings["rounds"] or 1
+    again = f"Each prompt was asked up to {rounds} times, the later ones from the prefix cache."
     parts = [
         LEGEND,
+        again if rounds > 1 else "",
         SATURATED if is_saturated else "",
         SHORT if is_short else "",
         f"Good: within {slo}." if slo else "",
@@ -354,32 +215,6 @@ def told(found: Result) -> str:
         f"{LATE}: {', '.join(dict.fromkeys(late))}." if late else "",
     ]
     return " ".join(filter(None, parts))
-
-
-def _targets(
-    parsed: Items[options.Parsed],
-    model: str | None,
-    url: str | None,
-    draft_model: str | None,
-    engine: str | None,
-    in_flight: int,
-) -> dict[str, Server]:
-    """By arm; arms without a server of their own share one."""
-    opened: dict[str | None, Any] = {}
-    for one in parsed:
-        if one.url in opened:
-            continue
-        if one.url is not None:
-            opened[one.url] = options.open_target(model, one.url)
-        else:
-            opened[None] = options.open_target(
-                model, url, draft_model=draft_model, engine=engine, concurrency=in_flight
-            )
-    return {one.arm.name: opened[one.url] for one in parsed}
-
-
-def _key(level: Level, arm: Arm) -> str:
-    return f"{level.name}, {arm.name}"
 
 
 def _mark(level: Mapping[str, Any]) -> str:

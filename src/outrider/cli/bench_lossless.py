@@ -3,12 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from outrider.bench.by_arm import ByArm
 from outrider.bench.datasets import OWN
 from outrider.bench.journal import open_journal
 from outrider.bench.lossless.check import (
@@ -22,12 +19,12 @@ from outrider.bench.lossless.check import (
 from outrider.bench.lossless.trial import FAIL, LEVELS, UNDECIDED, Plan
 from outrider.bench.provenance import Watch
 from outrider.bench.result import Result
-from outrider.bench.target import Target
 from outrider.cli import bench_options as options
-from outrider.cli.bench_options import Parsed
+from outrider.cli.bench_tables import Grid
 from outrider.request import OFF
 
 KIND = "lossless"
+FAILED, NOT_DECIDED = 1, 3  # exit status; 2 is a command that could not be run as it was asked for
 STYLES = {
     FAIL: "bold red",
     NOT_LOSSLESS: "bold red",
@@ -71,13 +68,26 @@ def lossless_command(
 ) -> None:
     """Are the answers with speculation those without, or at least drawn from the same law?
 
-    Exit status 1 unless every arm is what it says it is. A difference is examined: by how much the
-    target itself preferred its token, beside what rounding alone changes. A server shows its
-    answers only, so with --url greedy ones are compared, and that is all.
+    Exit status 0: every arm is what it says it is. 1: one is not. 3: not decided, for want of
+    budget, prompts or draws. 2: it could not be run as asked.
+
+    A difference is examined: by how much the target itself preferred its token, beside what
+    rounding alone changes. A server shows its answers only, so with --url greedy ones are compared,
+    and that is all.
     """
     watch = Watch()
     against, *parsed = given = options.read_arms([base, *(arm or [options.DEFAULT])])
-    target = _target(given, model, url, draft_model, engine, concurrency)
+    target = options.as_one(
+        options.open_by_arm(
+            given,
+            model,
+            url,
+            draft_model=draft_model,
+            engine=engine,
+            concurrency=concurrency,
+            has_prices=False,
+        )
+    )
     data = options.read_dataset(prompts, limit, target)
     plan = Plan(
         base=against.arm,
@@ -92,9 +102,8 @@ def lossless_command(
         budget_s=budget,
     )
     about = target.describe()
-    identity = {**plan.identity(), "model": about.get("model_hash") or about.get("model")}
     path = options.result_path(as_json, out, KIND)
-    with open_journal(path, identity, resume=resume) as journal:
+    with open_journal(path, options.identity(plan.identity(), about), resume=resume) as journal:
         with options.progress("looking") as tell:
             found = check_lossless(target, plan, journal, tell=tell)
         result = Result(
@@ -125,14 +134,12 @@ def lossless_command(
     for line in told(found):
         console.print(line)
     if not found.passes:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED if found.fails else NOT_DECIDED)
 
 
-def table(found: Findings) -> Table:
+def table(found: Findings) -> Grid:
     """One row per check."""
-    shown = Table(box=SIMPLE, padding=0, expand=False)
-    for name in ("arm", "", "check", "verdict", "what was seen"):
-        shown.add_column(name, overflow="fold")
+    shown = Grid("arm", "", "check", "verdict", "what was seen", folds=("check", "what was seen"))
     for check in found.checks:
         verdict = Text(check.verdict, style=STYLES.get(check.verdict, ""))
         shown.add_row(Text(check.arm), check.level, check.test, verdict, Text(check.told))
@@ -159,23 +166,3 @@ def told(found: Findings) -> list[Text]:
             )
         )
     return lines
-
-
-def _target(
-    parsed: list[Parsed],
-    model: str | None,
-    url: str | None,
-    draft_model: str | None,
-    engine: str | None,
-    concurrency: int,
-) -> Target:
-    """One for all, or by arm where some have a server of their own."""
-    servers = {one.url: options.open_target(model, one.url) for one in parsed if one.url}
-    if len(servers) == len(parsed):
-        return ByArm({one.arm.name: servers[one.url] for one in parsed if one.url})
-    shared = options.open_target(
-        model, url, draft_model=draft_model, engine=engine, concurrency=concurrency
-    )
-    if not servers:
-        return shared
-    return ByArm({one.arm.name: servers[one.url] if one.url else shared for one in parsed})

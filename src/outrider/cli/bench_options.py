@@ -17,7 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from outrider.bench.by_arm import ByArm
 from outrider.bench.datasets import OWN, Dataset, load_dataset
+from outrider.bench.load import Server
 from outrider.bench.report import make_report
 from outrider.bench.result import Result
 from outrider.bench.target import Arm, Target
@@ -27,6 +29,7 @@ from outrider.errors import ConfigError, RequestError
 from outrider.request import OFF, SamplingParams, SpeculationParams
 
 ARM_EXAMPLE = '{"method": "draft_model", "num_speculative_tokens": 4}'
+PRICES_S = 2.0  # as `outrider serve` takes at start, where nothing is known yet
 DEFAULT = "default"  # an arm that leaves speculation to the target
 
 Model: TypeAlias = Annotated[
@@ -113,8 +116,13 @@ def open_target(
     draft_model: str | None = None,
     engine: str | None = None,
     concurrency: int = 1,
-) -> Target:
+    has_prices: bool = True,
+) -> Server:
     """Our engine in this process, or whoever listens at `url`.
+
+    Args:
+        has_prices: the engine times passes and drafting first, if it never did here, as
+            `outrider serve` does: its adaptive policy is then measured as users have it.
 
     Raises:
         ConfigError: neither or too much is named; ModelError: the model cannot be loaded.
@@ -122,7 +130,8 @@ def open_target(
     if url is None:
         if model is None:
             raise ConfigError('nothing to measure: give MODEL (such as "demo") or --url URL')
-        return _in_process(model, draft_model, read_object("--engine", engine), concurrency)
+        asked = read_object("--engine", engine)
+        return _in_process(model, draft_model, asked, concurrency, has_prices=has_prices)
     for option, value in (("--draft-model", draft_model), ("--engine", engine)):
         if value is not None:
             raise ConfigError(f"{option} {value!r}: the server at --url is as it is; drop it")
@@ -133,6 +142,44 @@ def open_target(
             f"--url {url!r} needs {error.name}: pip install 'outrider[serve]'"
         ) from error
     return Remote(url, model=model)
+
+
+def open_by_arm(
+    parsed: Items["Parsed"],
+    model: str | None,
+    url: str | None,
+    *,
+    draft_model: str | None = None,
+    engine: str | None = None,
+    concurrency: int = 1,
+    has_prices: bool = True,
+) -> dict[str, Server]:
+    """Who answers each arm, by its name; arms without a server of their own share one.
+
+    Raises:
+        ConfigError: see `open_target`; or what is set for a shared one that no arm would use.
+    """
+    opened = {one.url: open_target(model, one.url) for one in parsed if one.url is not None}
+    if any(one.url is None for one in parsed):
+        shared = open_target(
+            model,
+            url,
+            draft_model=draft_model,
+            engine=engine,
+            concurrency=concurrency,
+            has_prices=has_prices,
+        )
+        return {one.arm.name: opened[one.url] if one.url else shared for one in parsed}
+    for option, value in (("--url", url), ("--draft-model", draft_model), ("--engine", engine)):
+        if value is not None:
+            raise ConfigError(f"{option} {value!r}: every arm has a server of its own; drop it")
+    return {one.arm.name: opened[one.url] for one in parsed if one.url is not None}
+
+
+def as_one(targets: Mapping[str, Target]) -> Target:
+    """Targets by arm as a single one; the one there is, where all are the same."""
+    first, *others = targets.values()
+    return first if all(other is first for other in others) else ByArm(targets)
 
 
 def read_arms(texts: Items[str]) -> list[Parsed]:
@@ -243,6 +290,11 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
         yield tell
 
 
+def identity(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a journal's blocks depend on: what was asked, and the model that answered."""
+    return {**asked, "model": about.get("model_hash") or about.get("model")}
+
+
 def result_path(as_json: Path | None, out: Path | None, kind: str) -> Path | None:
     """Where the result goes; None keeps it on the screen."""
     return as_json or (None if out is None else out / f"{kind}.json")
@@ -261,8 +313,13 @@ def save(result: Result, as_json: Path | None, out: Path | None) -> None:
 
 
 def _in_process(
-    model: str, draft_model: str | None, engine: dict[str, Any], concurrency: int
-) -> Target:
+    model: str,
+    draft_model: str | None,
+    engine: dict[str, Any],
+    concurrency: int,
+    *,
+    has_prices: bool,
+) -> Server:
     from outrider.bench.inprocess import InProcess
 
     engine.setdefault("max_num_seqs", max(EngineConfig.max_num_seqs, concurrency))
@@ -270,6 +327,8 @@ def _in_process(
         llm = LLM(model, draft_model=draft_model, **engine)
     except TypeError as error:  # an argument of a kind that cannot be
         raise ConfigError(f"--engine {json.dumps(engine)}: {error}") from error
+    if has_prices:
+        llm.calibrate(PRICES_S)
     return InProcess(llm)
 
 

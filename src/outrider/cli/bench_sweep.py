@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from outrider.bench.calibration.calibrate import Calibration, with_depth
 from outrider.bench.datasets import OWN
@@ -28,6 +26,7 @@ from outrider.cli.bench_calibrate import (
     read_integers,
     read_numbers,
 )
+from outrider.cli.bench_tables import Grid
 from outrider.errors import ConfigError
 from outrider.request import OFF
 
@@ -108,9 +107,8 @@ def sweep_command(
     )
     Sweep(target, plan)  # refuses contexts without room before anything is timed
     about = target.describe()
-    identity = {**plan.identity(), "model": about.get("model_hash") or about.get("model")}
     path = options.result_path(as_json, out, "sweep")
-    with open_journal(path, identity, resume=resume) as journal:
+    with open_journal(path, options.identity(plan.identity(), about), resume=resume) as journal:
         prices = prices_for(target, plan, journal, calibration)
         cells, blocks = swept(target, plan, prices, journal)
         found = Result(
@@ -193,7 +191,7 @@ def settings(plan: SweepPlan, **given: Any) -> dict[str, Any]:
     }
 
 
-def tables(cells: list[Cell]) -> list[Table]:
+def tables(cells: list[Cell]) -> list[Grid]:
     """One per method, temperature and context: K down, concurrency across."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -209,12 +207,9 @@ def is_ours(target: Target) -> bool:
     return target.describe().get("engine") == "outrider"
 
 
-def _table(name: str, cells: list[Cell]) -> Table:
+def _table(name: str, cells: list[Cell]) -> Grid:
     loads = sorted({cell.place.concurrency for cell in cells})
-    shown = Table(box=SIMPLE, padding=(0, 1), title=name, title_justify="left")
-    shown.add_column("K", justify="right")
-    for load in loads:
-        shown.add_column(f"{load} at once\nneed / got", justify="right")
+    shown = Grid("K", *(f"{load} at once\nneed / got" for load in loads), title=name)
     rows: dict[str, dict[int, Cell]] = {}
     for cell in cells:
         k = "adaptive" if cell.variant.is_adaptive else str(cell.variant.k or "-")
@@ -232,10 +227,9 @@ def _told(cell: Cell | None) -> str:
         return "-"
     if cell.pair is None:
         return f"~{cell.speedup:.2f}"
-    low, high = cell.pair.ratio.interval
-    told = (
-        f"{cell.pair.ratio.ratio:.2f}{MARKS.get(cell.pair.verdict, '')} ({low:.2f} to {high:.2f})"
-    )
+    pair = cell.pair
+    interval = pair.interval_told if pair.ratio.is_known else "unknown"
+    told = f"{pair.ratio.ratio:.2f}{MARKS.get(pair.verdict, '')} ({interval})"
     if cell.needed is None or cell.tokens_per_pass is None:
         return told
     return f"{told}\n{cell.needed:.2f} / {cell.tokens_per_pass:.2f}"

@@ -8,7 +8,7 @@ is repeated for every deepest depth.
 Source: the objective of verification budgets (vLLM's adaptive verification; AdaSpec, Li et al.
 2025), with the price of drafting in it.
 
-Shape legend: U rungs, sorted.
+Shape legend: U rungs, sorted; C choices of which drafters and how deep; D depths.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence as Items
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from outrider.control.acceptance import Forecast
 
 Floats: TypeAlias = NDArray[np.float64]
-MAX_CHECKED = 64  # prefixes that are asked whether they keep the latency targets
+MAX_CHECKED = 64  # prefixes that are held against the latency targets
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # that may be the deepest of a step
 
 
@@ -58,6 +58,10 @@ class Price(Protocol):
         """With so many draft nodes beside what the step holds anyway, drafting left out."""
         ...
 
+    def at(self, num_nodes: float) -> float:
+        """`step` of one number."""
+        ...
+
     def draft(self, drafter: str) -> DraftPrice: ...
 
 
@@ -79,24 +83,50 @@ class Chosen(NamedTuple):
         return self.tokens / self.seconds
 
 
+Misses: TypeAlias = Callable[[Chosen], float]  # of latency targets: 1 keeps all, 2 takes twice one
+
+
 def allocate(
-    ladders: Items[Ladder],
-    num_tokens: float,
-    price: Price,
-    is_allowed: Callable[[Chosen], bool] = lambda chosen: True,
+    ladders: Items[Ladder], num_tokens: float, price: Price, misses: Misses | None = None
 ) -> Chosen:
     """The set of rungs with the highest goodput; plain decoding where none is better.
 
     Args:
         num_tokens: weighted tokens that the step commits without these drafts.
-        is_allowed: whether a choice keeps the latency targets; plain decoding is not asked about.
+        misses: of the latency targets. A choice that keeps them, plain decoding or not, comes
+            before all that do not; where none does, what misses them least.
     """
-    plain = Chosen([0] * len(ladders), num_tokens, float(price.step(np.zeros(1))[0]))
-    rungs = _Rungs(ladders)
-    found = [plain]
-    for kept_U in rungs.choices(price):
-        found += rungs.prefixes(kept_U, num_tokens, price, plain, is_allowed)
-    return max(found, key=lambda chosen: chosen.goodput)
+    plain = Chosen([0] * len(ladders), num_tokens, price.at(0.0))
+    if len(ladders) == 1:  # a short way, for short steps
+        found = [plain, *alike(ladders[0], 1, num_tokens, price)]
+    else:
+        found = [plain, *_Rungs(ladders).prefixes(num_tokens, price, at_all=misses is not None)]
+    return _best(found, misses)
+
+
+def kept(chosen: Chosen) -> float:
+    """Misses of a step without targets."""
+    return 1.0
+
+
+def _best(found: list[Chosen], misses: Misses | None) -> Chosen:
+    if misses is None:
+        return max(found, key=lambda chosen: chosen.goodput)
+    return min(found, key=lambda chosen: (misses(chosen), -chosen.goodput))
+
+
+def alike(ladder: Ladder, num_rows: int, num_tokens: float, price: Price) -> Iterator[Chosen]:
+    """What so many rows alike would bring, for every depth that all of them draft to."""
+    costs = price.draft(ladder.drafter)
+    call = costs.call + num_rows * (costs.row + ladder.entry)
+    nodes, tokens = 0.0, num_tokens
+    for depth, (reached, stands) in enumerate(zip(*ladder.forecast, strict=True), 1):
+        if reached <= 0.0:
+            return
+        nodes += num_rows * ladder.num_nodes * reached
+        tokens += num_rows * ladder.weight * stands
+        drafting = call + costs.depth * depth + costs.node * nodes
+        yield Chosen([depth] * num_rows, tokens, price.at(nodes) + drafting)
 
 
 def evaluate(ladders: Items[Ladder], depths: Items[int], num_tokens: float, price: Price) -> Chosen:
@@ -113,7 +143,7 @@ def evaluate(ladders: Items[Ladder], depths: Items[int], num_tokens: float, pric
         entry += ladder.entry
         use = uses.setdefault(ladder.drafter, [0.0, 0.0, 0.0])
         use[0], use[1], use[2] = max(use[0], depth), use[1] + 1, use[2] + own
-    seconds = float(price.step(np.array([nodes]))[0]) + _drafting(uses, price) + entry
+    seconds = price.at(nodes) + _drafting(uses, price) + entry
     return Chosen(list(depths), tokens, seconds)
 
 
@@ -161,50 +191,52 @@ class _Rungs:
             return [deepest]
         return [depth for depth in DEPTHS if depth < deepest] + [deepest]
 
-    def choices(self, price: Price) -> Iterator[NDArray[np.intp]]:
-        """Rungs up to a depth, of all drafters together and of each alone."""
+    def choices(self, price: Price) -> NDArray[np.bool_]:
+        """[C, U] rungs up to a depth, of all drafters together and of each alone."""
         groups = [range(len(self.drafters))]
         if len(self.drafters) > 1:
             groups += [range(number, number + 1) for number in groups[0]]
-        for group in groups:
-            is_asked_U = (self.drafter_U >= group.start) & (self.drafter_U < group.stop)
-            for deepest in self.depths_to_try(price):
-                yield np.flatnonzero(is_asked_U & (self.depth_U <= deepest))
+        deepest_D = np.array(self.depths_to_try(price), dtype=np.intp)
+        is_deep_DU = self.depth_U <= deepest_D[:, None]
+        asked = [(self.drafter_U >= g.start) & (self.drafter_U < g.stop) for g in groups]
+        return np.concatenate([is_deep_DU & is_asked_U for is_asked_U in asked])
 
-    def prefixes(
-        self,
-        kept_U: NDArray[np.intp],
-        num_tokens: float,
-        price: Price,
-        plain: Chosen,
-        is_allowed: Callable[[Chosen], bool],
-    ) -> list[Chosen]:
-        """The best allowed prefix of some rungs, if it beats plain decoding."""
-        tokens_U = num_tokens + np.cumsum(self.value_U[kept_U])
-        seconds_U = price.step(np.cumsum(self.nodes_U[kept_U])) + self._drafting(kept_U, price)
-        goodput_U = tokens_U / seconds_U
-        for end in np.argsort(-goodput_U, kind="stable")[:MAX_CHECKED]:
-            if goodput_U[end] <= plain.goodput:
-                break
-            taken_U = kept_U[: end + 1]
-            chosen = Chosen(self._depths(taken_U), float(tokens_U[end]), float(seconds_U[end]))
-            if is_allowed(chosen):
-                return [chosen]
-        return []
+    def prefixes(self, num_tokens: float, price: Price, *, at_all: bool) -> list[Chosen]:
+        """The prefix with the highest goodput, of all choices.
 
-    def _drafting(self, kept_U: NDArray[np.intp], price: Price) -> Floats:
-        """Seconds of drafting for every prefix."""
-        total_U = np.cumsum(self.entry_U[kept_U])
-        depth_U, nodes_U = self.depth_U[kept_U], self.nodes_U[kept_U]
+        Args:
+            at_all: several, from which to choose by something else.
+        """
+        if not len(self.depth_U):
+            return []
+        kept_CU = self.choices(price)
+        tokens_CU = num_tokens + np.cumsum(kept_CU * self.value_U, axis=1)
+        nodes_CU = np.cumsum(kept_CU * self.nodes_U, axis=1)
+        seconds_CU = price.step(nodes_CU) + self._drafting(kept_CU, price)
+        goodput_CU = tokens_CU / seconds_CU
+        ends = [int(goodput_CU.argmax())]
+        if at_all:
+            ends = np.argsort(-goodput_CU, axis=None, kind="stable")[:MAX_CHECKED].tolist()
+        found = []
+        for end in ends:
+            choice, last = divmod(end, len(self.depth_U))
+            taken_U = np.flatnonzero(kept_CU[choice, : last + 1])
+            tokens, seconds = float(tokens_CU[choice, last]), float(seconds_CU[choice, last])
+            found.append(Chosen(self._depths(taken_U), tokens, seconds))
+        return found
+
+    def _drafting(self, kept_CU: NDArray[np.bool_], price: Price) -> Floats:
+        """Seconds of drafting for every prefix of every choice."""
+        first_U = self.depth_U == 1
+        total_CU: Floats = np.cumsum(kept_CU * self.entry_U, axis=1)
         for number, name in enumerate(self.drafters):
-            own_U = self.drafter_U[kept_U] == number
+            own_CU = kept_CU & (self.drafter_U == number) if len(self.drafters) > 1 else kept_CU
             costs = price.draft(name)
-            is_used_U = np.logical_or.accumulate(own_U)
-            deepest_U = np.maximum.accumulate(np.where(own_U, depth_U, 0))
-            total_U += is_used_U * costs.call + deepest_U * costs.depth
-            total_U += np.cumsum(own_U & (depth_U == 1)) * costs.row
-            total_U += np.cumsum(np.where(own_U, nodes_U, 0.0)) * costs.node
-        return total_U
+            deepest_CU = np.maximum.accumulate(own_CU * self.depth_U, axis=1)
+            per_rung_U = first_U * costs.row + self.nodes_U * costs.node
+            total_CU += (deepest_CU > 0) * costs.call + deepest_CU * costs.depth
+            total_CU += np.cumsum(own_CU * per_rung_U, axis=1)
+        return total_CU
 
     def _depths(self, taken_U: NDArray[np.intp]) -> list[int]:
         depths = np.zeros(len(self.ladders), dtype=np.intp)

@@ -15,10 +15,10 @@ from outrider.control.allocation import DraftPrice, Floats
 from outrider.control.linear_cost import LinearCost
 from outrider.control.pass_time import PassTime
 
-FORMAT = 1
+FORMAT = 2
 DEAREST = 1.1  # price of a row more beside the mean one: passes grow no faster than their rows
 DRAFT_SIZES = (1.0, 1.0, 0.1, 0.1, 0.005)  # per call, depth, row, node, token of lag
-REST_SIZES = (1.0, 0.3, 0.3)  # per step, sequence, law
+REST_SIZES = (1.0, 0.3, 0.3, 0.1)  # per step, sequence, law, draft node
 
 
 class PassCounts(NamedTuple):
@@ -30,6 +30,7 @@ class PassCounts(NamedTuple):
         visits: the same, for every row of a sequence but its first.
         num_emitting: sequences that are given tokens.
         num_drawn: nodes and roots of sequences that are not greedy (each needs a law).
+        num_nodes: draft nodes.
     """
 
     num_rows: float
@@ -37,6 +38,11 @@ class PassCounts(NamedTuple):
     visits: int
     num_emitting: int
     num_drawn: int
+    num_nodes: int = 0
+
+    @property
+    def rest(self) -> tuple[float, ...]:
+        return (1.0, self.num_emitting, self.num_drawn, self.num_nodes)
 
 
 class DraftCounts(NamedTuple):
@@ -71,7 +77,7 @@ class CostModel:
 
     def observe_pass(self, counts: PassCounts, forward_s: float, rest_s: float) -> None:
         self.passes.observe(counts.num_rows, counts.context, counts.visits, forward_s)
-        self.rest.observe((1.0, counts.num_emitting, counts.num_drawn), rest_s)
+        self.rest.observe(counts.rest, rest_s)
 
     def observe_draft(self, drafter: str, counts: DraftCounts, seconds: float) -> None:
         self.draft_cost(drafter).observe(counts.features, seconds)
@@ -83,7 +89,7 @@ class CostModel:
 
     def step(self, counts: PassCounts) -> float:
         """Seconds of a step without drafting."""
-        rest = self.rest.predict((1.0, counts.num_emitting, counts.num_drawn))
+        rest = self.rest.predict(counts.rest)
         return self.passes.predict(counts.num_rows, counts.context, counts.visits) + rest
 
     def draft(self, drafter: str, counts: DraftCounts) -> float:
@@ -141,8 +147,11 @@ class StepPrice:
         self._num_rows = float(counts.num_rows)
         bare = max(counts.num_rows - num_prompt, 1.0)
         self._bare = model.step(counts._replace(num_rows=bare, visits=0))
-        per_drawn = max(model.rest.prices[2], 0.0)
-        self._node = drawn_share * per_drawn + mean_context * model.passes.visit_s
+        _, _, per_drawn, per_node = (max(price, 0.0) for price in model.rest.prices)
+        self._node = per_node + drawn_share * per_drawn + mean_context * model.passes.visit_s
+        self._drafts: dict[str, DraftPrice] = {}
+        self._before = self._at(self._num_rows)
+        self._dearest = DEAREST * self._before / max(self._num_rows, 1.0)
 
     def step(self, nodes_U: Floats) -> Floats:
         rows_U = self._num_rows + nodes_U
@@ -150,25 +159,29 @@ class StepPrice:
         curve = self._model.passes.curve(most, hopeful=self._hopeful)
         low_U = rows_U.astype(np.intp)
         share_U = rows_U - low_U
-        pass_U = curve[low_U] + share_U * (curve[low_U + 1] - curve[low_U])
-        before = self._at(self._num_rows)
-        linear_U = before * (1.0 + DEAREST * nodes_U / max(self._num_rows, 1.0))
-        more_U: Floats = np.minimum(pass_U, linear_U) - before + nodes_U * self._node
+        pass_U = curve[low_U] + share_U * (curve[low_U + 1] - curve[low_U]) - self._before
+        more_U: Floats = np.minimum(pass_U, self._dearest * nodes_U) + nodes_U * self._node
         return self._bare + more_U
+
+    def at(self, num_nodes: float) -> float:
+        more = self._at(self._num_rows + num_nodes) - self._before
+        return self._bare + min(more, self._dearest * num_nodes) + num_nodes * self._node
 
     @property
     def node_s(self) -> float:
         """Seconds that a first node more adds."""
-        before = self._at(self._num_rows)
-        more = self._at(self._num_rows + 1.0) - before
-        return min(more, DEAREST * before / max(self._num_rows, 1.0)) + self._node
+        return self.at(1.0) - self._bare
 
     def _at(self, num_rows: float) -> float:
-        curve = self._model.passes.curve(int(num_rows) + 2, hopeful=self._hopeful)
         low = int(num_rows)
-        return float(curve[low] + (num_rows - low) * (curve[low + 1] - curve[low]))
+        curve = self._model.passes.curve(low + 2, hopeful=self._hopeful)
+        below = float(curve[low])
+        return below + (num_rows - low) * (float(curve[low + 1]) - below)
 
     def draft(self, drafter: str) -> DraftPrice:
-        cost = self._model.draft_cost(drafter)
-        prices = cost.lowest() if self._hopeful else [max(price, 0.0) for price in cost.prices]
-        return DraftPrice(*prices[:4])
+        found = self._drafts.get(drafter)
+        if found is None:
+            cost = self._model.draft_cost(drafter)
+            prices = cost.lowest() if self._hopeful else [max(price, 0.0) for price in cost.prices]
+            found = self._drafts[drafter] = DraftPrice(*prices[:4])
+        return found

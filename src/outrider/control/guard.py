@@ -2,31 +2,34 @@
 
 from typing import Any
 
-WINDOW = 32  # speculating steps after which one counts 1/e
-FEWEST = 24  # before the guard judges
-LEAST = 0.97  # of plain decoding's goodput
+WINDOW = 200  # speculating steps after which one counts 1/e
+MOST_LOST = 5.0  # plain steps' time that speculation may have lost of late
+MOST_GAINED = 7.0  # likewise, that what it won before makes good
 HICCUP = 3.0  # times a usual step's time; what is longer says nothing of drafts
-FIRST_PAUSE, LONGEST_PAUSE = 48, 768  # steps
+FEWEST = 6  # steps that make a usual one
+FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # steps
+TRUSTED = 128  # steps without a loss, after which the next pause is the first again
 TRY_SHARE = 0.006  # of time, for what is not in use
 FIRST_STEPS = 3.0  # of time, given beforehand: what is new is unknown
-MOST_OWED = 3.0  # steps' time: beyond it a trial was a hiccup
 MOST_SAVED = 300  # steps, whose share is kept at most
 
 
 class Guard:
     """Ends speculation that is measured to lose, for longer each time.
 
-    Steps that speculated are held against what plain decoding of the same rows is known to take,
-    by goodput over a window.
+    The seconds of steps that speculated, beyond those that plain decoding of the same rows would
+    have needed for their tokens, are summed up (a CUSUM test, Page 1954). A few unlucky drafts do
+    not reach the limit, a clear loss does within a few steps, and no loss goes on for long.
     """
 
     def __init__(self) -> None:
-        self._tokens = self._seconds = self._plain_tokens = self._plain_seconds = 0.0
-        self._weight, self._count = 0.0, 0
         self._shut_until = 0
         self._pause = FIRST_PAUSE
         self.shut_at = 0
         self.num_shut = 0
+        self._tokens = self._seconds = self._plain_tokens = self._plain_seconds = 0.0
+        self._lost = self._usual_s = 0.0
+        self._count = 0
 
     @property
     def advantage(self) -> float | None:
@@ -34,6 +37,11 @@ class Guard:
         if not self._seconds or not self._plain_seconds or not self._plain_tokens:
             return None
         return (self._tokens / self._seconds) / (self._plain_tokens / self._plain_seconds)
+
+    @property
+    def lost(self) -> float:
+        """Plain steps' time that speculation has lost of late, less what it won."""
+        return self._lost
 
     def is_shut(self, step: int) -> bool:
         return step < self._shut_until
@@ -46,28 +54,29 @@ class Guard:
         self, step: int, tokens: int, seconds: float, plain_tokens: int, plain_seconds: float
     ) -> None:
         """A step that speculated, beside the same step without."""
-        if self._weight > FEWEST / 4:
-            seconds = min(seconds, HICCUP * self._seconds / self._weight)
+        if not plain_tokens or self.is_shut(step):
+            return
+        if self._count >= FEWEST:
+            seconds = min(seconds, HICCUP * self._usual_s)
+        self._usual_s += 0.1 * (seconds - self._usual_s) if self._usual_s else seconds
         keep = 1.0 - 1.0 / WINDOW
-        self._weight = keep * self._weight + 1.0
         self._tokens = keep * self._tokens + tokens
         self._seconds = keep * self._seconds + seconds
         self._plain_tokens = keep * self._plain_tokens + plain_tokens
         self._plain_seconds = keep * self._plain_seconds + plain_seconds
-        if self.is_shut(step):
-            return
+        lost = seconds / plain_seconds - tokens / plain_tokens
+        self._lost = max(keep * self._lost + lost, -MOST_GAINED)
         self._count += 1
-        found = self.advantage
-        if self._count >= FEWEST and found is not None:
-            if found < LEAST:
-                self._shut(step)
-            elif self._count >= 4 * WINDOW:
-                self._pause = FIRST_PAUSE
+        if self._lost > MOST_LOST:
+            self._shut(step)
+        elif self._count >= TRUSTED:
+            self._pause = FIRST_PAUSE
 
     def explain(self, step: int) -> dict[str, Any]:
         return {
             "advantage": self.advantage,
             "shut_for_steps": max(self._shut_until - step, 0),
+            "lost_steps": self._lost,
             "times_shut": self.num_shut,
         }
 
@@ -79,7 +88,8 @@ class Guard:
 
     def _forget(self) -> None:
         self._tokens = self._seconds = self._plain_tokens = self._plain_seconds = 0.0
-        self._weight, self._count = 0.0, 0
+        self._lost = self._usual_s = 0.0
+        self._count = 0
 
 
 class Purse:
@@ -95,12 +105,20 @@ class Purse:
     def holds_something(self) -> bool:
         return self.seconds > 0.0
 
-    def earn(self, step_s: float) -> None:
-        self._step_s += 0.1 * (step_s - self._step_s) if self._step_s else step_s
+    def earn(self, step_s: float, decoding_s: float | None = None) -> None:
+        """A share of a step's time.
+
+        Args:
+            decoding_s: the part of it that did not go into prompts, by which is measured what is
+                given beforehand and kept at most. None is all of it.
+        """
+        decoding_s = step_s if decoding_s is None else decoding_s
+        self._step_s += 0.1 * (decoding_s - self._step_s) if self._step_s else decoding_s
         if self._is_new:
             self._is_new = False
-            self.seconds = FIRST_STEPS * step_s
-        self.seconds = min(self.seconds, MOST_SAVED * TRY_SHARE * self._step_s) + TRY_SHARE * step_s
+            self.seconds = FIRST_STEPS * decoding_s
+        most = MOST_SAVED * TRY_SHARE * self._step_s
+        self.seconds = min(self.seconds, most) + TRY_SHARE * step_s
 
     def pays(self, seconds: float) -> bool:
         """Takes the expected price of a trial if it can be paid."""
@@ -114,8 +132,8 @@ class Purse:
         """What the trial that was just paid for has really lost; that is what it costs."""
         if self._paid is not None:
             most = max(MOST_SAVED * TRY_SHARE, FIRST_STEPS) * self._step_s
-            left = self.seconds - seconds + self._paid
-            self.seconds = max(min(left, most), -MOST_OWED * self._step_s)
+            seconds = min(seconds, max(HICCUP * self._paid, self._step_s))
+            self.seconds = min(self.seconds - seconds + self._paid, most)
             self._paid = None
 
     @property

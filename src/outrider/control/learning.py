@@ -1,15 +1,40 @@
 """Lessons: what the adaptive policy learns from each step: acceptance, prices, and the balance."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from outrider.control.base import Facts, Step, StepTimes
 from outrider.control.cost import CostModel, DraftCounts, PassCounts
 from outrider.control.guard import Guard, Purse
 from outrider.control.minds import Minds
+from outrider.control.schedule import Schedule
+from outrider.sequence import Sequence
+from outrider.step import Commit, RowPlan
 
 WARM_UP = 64  # steps whose times are all learned from; then every few, for learning takes time too
-EVERY = 4
+EVERY, EVERY_PLAIN = 4, 16  # steps with and without drafts, at least
+LEARNING_SHARE = 0.004  # of a step's time, spent on learning from times
+MAX_INTERVAL = 64  # steps
+CATCH_UP_STEPS = 32  # over which a drafter's catching up is spread
 FEWEST = 4  # timings of passes, before anything is held against what they would take
 OURS = "adaptive"  # rows whose drafts the guard judges
 NOT_DRAFTED = DraftCounts(0, 0, 0, 0)
+
+
+class Seen(NamedTuple):
+    """One step at a glance.
+
+    Attributes:
+        drafted: by drafter. is_ours: whether nobody drafted for rows of other policies.
+        num_rows: committed tokens in the pass. num_tokens: committed by it. num_emitting: sequences
+            that got some.
+    """
+
+    drafted: dict[str, DraftCounts]
+    is_ours: bool
+    num_rows: int
+    num_tokens: int
+    num_emitting: int
 
 
 class Lessons:
@@ -28,49 +53,78 @@ class Lessons:
         self.step_s = 0.0
         self._plain_size = self._plain_at = 0
         self._plain_s = 0.0
+        self._unpaid_s = 0.0  # of reading what drafters had to catch up with
+        self._clock: Callable[[], float] = facts.clock or (lambda: 0.0)
+        self._times = {  # to learn from, by whether a step drafts
+            True: Schedule(LEARNING_SHARE, EVERY, MAX_INTERVAL),
+            False: Schedule(LEARNING_SHARE, EVERY_PLAIN, MAX_INTERVAL),
+        }
 
     def observe(self, step: Step) -> None:
         self.step += 1
         self.minds.now = self.step
-        drafted = self._learn_acceptance(step)
+        seen = self._learn_acceptance(step)
         times = step.times
         if times is None:
             return
         self.step_s += 0.1 * (times.total - self.step_s) if self.step_s else times.total
-        self.purse.earn(times.total)
-        every = EVERY if drafted else 4 * EVERY
-        if self.step <= WARM_UP or not self.step % every:
-            self._learn_times(step, times, drafted)
-        if drafted and self.cost.passes.num_timings >= FEWEST:
-            self._weigh(step, times)
+        if seen.num_emitting:
+            self.purse.earn(times.total, self._decoding_s(times, seen))
+        if self.step <= WARM_UP or self.step >= self._times[bool(seen.drafted)].due_at:
+            self._learn_times(step, times, seen.drafted)
+        if seen.drafted and seen.is_ours and not self.purse.is_open:
+            self._weigh(step, times, seen)
 
-    def _learn_acceptance(self, step: Step) -> dict[str, DraftCounts]:
-        """Returns what was drafted, by drafter."""
-        found: dict[str, DraftCounts] = {}
+    def _decoding_s(self, times: StepTimes, seen: Seen) -> float:
+        """A step's time without what the prompts in it took."""
+        if seen.num_rows == seen.num_emitting:
+            return times.total
+        passes = self.cost.passes
+        if passes.num_timings < FEWEST:
+            return times.total * seen.num_emitting / seen.num_rows
+        more = passes.predict(seen.num_rows) - passes.predict(seen.num_emitting)
+        return max(times.total - more, 0.0)
+
+    def _learn_acceptance(self, step: Step) -> Seen:
+        drafted: dict[str, DraftCounts] = {}
+        num_rows = num_tokens = num_emitting = 0
+        is_ours = True
         for row, part, commit in zip(step.batch.rows, step.plan, step.commits, strict=True):
-            if not part.num_nodes or commit.error:
-                continue
-            seq, drafter, tree = row.seq, part.drafter, commit.tree
-            mind = self.minds.of(seq)
-            reached = len(tree.tokens) if part.width == 1 else part.depth
-            if drafter in mind.experience:
-                accepted = len(commit.accepted)
-                mind.experience[drafter].observe(part.depth, reached, accepted, self.step)
-            depth, num_rows, num_nodes, lag = found.get(drafter, NOT_DRAFTED)
-            found[drafter] = DraftCounts(
-                max(depth, part.depth),
-                num_rows + 1,
-                num_nodes + len(tree.tokens),
-                lag + max(mind.lag(seq, drafter) - len(commit.tokens), 0),
-            )
-            mind.drafted_at[drafter] = len(seq.tokens)
-        return found
+            num_rows += row.num_tokens
+            if commit.tokens:
+                num_tokens += len(commit.tokens)
+                num_emitting += 1
+            if part.num_nodes:
+                is_ours = is_ours and row.seq.speculation.policy == OURS
+                if not commit.error:
+                    self._learn_draft(row.seq, part, commit, drafted)
+        return Seen(drafted, is_ours, num_rows, num_tokens, num_emitting)
+
+    def _learn_draft(
+        self, seq: Sequence, part: RowPlan, commit: Commit, drafted: dict[str, DraftCounts]
+    ) -> None:
+        drafter, num_drafted = part.drafter, len(commit.tree.tokens)
+        mind = self.minds.of(seq)
+        found = mind.experience.get(drafter)
+        if found is not None:
+            reached = num_drafted if part.width == 1 else part.depth
+            found.observe(part.depth, reached, len(commit.accepted), self.step)
+        depth, num_rows, num_nodes, lag = drafted.get(drafter, NOT_DRAFTED)
+        drafted[drafter] = DraftCounts(
+            max(depth, part.depth),
+            num_rows + 1,
+            num_nodes + num_drafted,
+            lag + max(mind.lag(seq, drafter) - len(commit.tokens), 0),
+        )
+        mind.drafted_at[drafter] = len(seq.tokens)
 
     def _learn_times(self, step: Step, times: StepTimes, drafted: dict[str, DraftCounts]) -> None:
-        counts = self._counts(step)
+        started = self._clock()
         if drafted:
             self._learn_drafting(drafted, times.draft)
-        self.cost.observe_pass(counts, times.forward, times.rest)
+        self.cost.observe_pass(self._counts(step), times.forward, times.rest)
+        spent = self._clock() - started
+        self._times[bool(drafted)].done(self.step, spent, self.step_s)
 
     def _learn_drafting(self, drafted: dict[str, DraftCounts], seconds: float) -> None:
         """Drafting is timed as a whole: where several drafted, all but the dearest as expected."""
@@ -79,22 +133,29 @@ class Lessons:
         others = sum(expected.values()) - expected[dearest]
         self.cost.observe_draft(dearest, drafted[dearest], max(seconds - others, 0.0))
 
-    def _weigh(self, step: Step, times: StepTimes) -> None:
+    def _weigh(self, step: Step, times: StepTimes, seen: Seen) -> None:
         """A step in which our rows alone drafted is held against what it would have taken plainly.
 
-        Drafts that other policies asked for say nothing of ours.
+        Drafts that other policies asked for say nothing of ours, and trials are paid for already.
         """
-        drafting = [
-            row.seq for row, part in zip(step.batch.rows, step.plan, strict=True) if part.num_nodes
-        ]
-        if any(seq.speculation.policy != OURS for seq in drafting):
+        if self.cost.passes.num_timings < FEWEST:
             return
-        size = sum(row.num_tokens for row in step.batch.rows)
-        if self._plain_size != size or self.step - self._plain_at >= 4 * EVERY:
-            self._plain_size, self._plain_at = size, self.step
+        if self._plain_size != seen.num_rows or self.step - self._plain_at >= EVERY_PLAIN:
+            self._plain_size, self._plain_at = seen.num_rows, self.step
             self._plain_s = self.cost.step(self._counts(step, drafts=False))
-        tokens, num_emitting = _emitted(step)
-        self.guard.observe(self.step, tokens, times.total, num_emitting, self._plain_s)
+        seconds = times.total + self._spread(seen.drafted)
+        self.guard.observe(self.step, seen.num_tokens, seconds, seen.num_emitting, self._plain_s)
+
+    def _spread(self, drafted: dict[str, DraftCounts]) -> float:
+        """Seconds to add to a step, so that reading a prompt counts for all drafts that follow."""
+        entry = 0.0
+        for drafter, counts in drafted.items():
+            if counts.lag:
+                entry += counts.lag * max(self.cost.draft_cost(drafter).prices[4], 0.0)
+        self._unpaid_s += entry
+        due = self._unpaid_s / CATCH_UP_STEPS
+        self._unpaid_s -= due
+        return due - entry
 
     def lost_s(self, step: Step, times: StepTimes, advantage: float) -> float:
         """Seconds that a step took beyond what its tokens take usually; prompts are left out.
@@ -113,7 +174,7 @@ class Lessons:
 
     def _counts(self, step: Step, *, drafts: bool = True) -> PassCounts:
         """What the pass is counted by; without `drafts`, what it would have been counted by."""
-        num_rows = context = visits = num_emitting = num_drawn = 0
+        num_rows = context = visits = num_emitting = num_drawn = num_nodes = 0
         for row, commit in zip(step.batch.rows, step.commits, strict=True):
             seq, num_tokens, _ = row
             emits = 1 if commit.tokens else 0
@@ -123,9 +184,10 @@ class Lessons:
             context += start
             visits += (num_tokens - 1 + drafted) * start
             num_emitting += emits
+            num_nodes += drafted
             if seq.request.sampling.temperature > 0.0:
                 num_drawn += emits + drafted
-        return PassCounts(num_rows, context, visits, num_emitting, num_drawn)
+        return PassCounts(num_rows, context, visits, num_emitting, num_drawn, num_nodes)
 
 
 def _emitted(step: Step) -> tuple[int, int]:

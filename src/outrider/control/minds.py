@@ -1,9 +1,9 @@
 """Minds: what the adaptive policy keeps for each sequence, and what all of a kind have seen."""
 
-from weakref import WeakKeyDictionary
-
 from outrider.control.acceptance import Experience
+from outrider.control.base import PLAIN, Room
 from outrider.sequence import Sequence
+from outrider.step import RowPlan
 
 TEMPERATURES = (0.0, 0.5, 1.0)  # upper ends of kinds that share experience; hotter is one more
 PAST_WEIGHT = 12.0  # most observations that a request's past counts for
@@ -15,19 +15,47 @@ class Mind:
 
     Attributes:
         candidate: index of the drafter in force. depth: how far it drafts; 0 is plain decoding.
+        is_new: whether nothing was decided for it yet.
         experience: by drafter.
         born: step of the policy at which it began.
         drafted_at: by drafter, length of the token log when it last drafted.
     """
 
-    __slots__ = ("born", "candidate", "depth", "drafted_at", "experience")
+    __slots__ = (
+        "_plan",
+        "_planned_for",
+        "born",
+        "candidate",
+        "depth",
+        "drafted_at",
+        "experience",
+        "is_new",
+        "keeper",
+    )
 
-    def __init__(self, experience: dict[str, Experience], born: int) -> None:
+    def __init__(self, keeper: "Minds", experience: dict[str, Experience], born: int) -> None:
+        self.keeper = keeper
+        self.is_new = True
+        self._plan = PLAIN
+        self._planned_for = (0, 0, 0, 0)
         self.born = born
         self.candidate = 0
         self.depth = 0
         self.experience = experience
         self.drafted_at: dict[str, int] = {}
+
+    def decide(self, depth: int) -> None:
+        self.depth, self.is_new = depth, False
+
+    def plan(self, room: Room, depth: int) -> RowPlan:
+        """A draft of this depth by its drafter; the last one is kept, for most are alike."""
+        if not depth:
+            return PLAIN
+        wanted = (depth, room.depth, room.num_nodes, self.candidate)
+        if wanted != self._planned_for:
+            candidate = room.seq.speculation.candidates[self.candidate]
+            self._plan, self._planned_for = room.plan(depth, candidate), wanted
+        return self._plan
 
     def lag(self, seq: Sequence, drafter: str) -> int:
         """Committed tokens that a drafter has to catch up with, the usual few left out."""
@@ -35,7 +63,7 @@ class Mind:
 
 
 class Minds:
-    """By sequence; a mind goes with its sequence.
+    """Makes minds; each goes with its sequence.
 
     Attributes:
         now: number of the policy's step.
@@ -44,22 +72,16 @@ class Minds:
     def __init__(self) -> None:
         self.now = 0
         self.shared: dict[tuple[str, str], Experience] = {}
-        self._minds: WeakKeyDictionary[Sequence, Mind] = WeakKeyDictionary()
 
-    def of(self, seq: Sequence, depth: int = 0) -> Mind:
-        """A new one starts with what its kind and its request's past have seen.
-
-        Args:
-            depth: how far it drafts until something is decided.
-        """
-        mind = self._minds.get(seq)
-        if mind is None:
-            drafters = [candidate.drafter for candidate in seq.speculation.candidates]
-            experience = {name: Experience(self.common(seq, name)) for name in drafters}
-            mind = Mind(experience, self.now)
-            _remember(mind, seq)
-            mind.depth = min(depth, seq.speculation.num_draft_tokens)
-            self._minds[seq] = mind
+    def of(self, seq: Sequence) -> Mind:
+        """A new one starts with what its kind and its request's past have seen."""
+        mind = seq.policy_state
+        if isinstance(mind, Mind) and mind.keeper is self:
+            return mind
+        drafters = [candidate.drafter for candidate in seq.speculation.candidates]
+        experience = {name: Experience(self.common(seq, name)) for name in drafters}
+        mind = seq.policy_state = Mind(self, experience, self.now)
+        _remember(mind, seq)
         return mind
 
     def common(self, seq: Sequence, drafter: str) -> Experience:

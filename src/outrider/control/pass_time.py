@@ -15,7 +15,7 @@ which differs by machine.
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Items
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -36,9 +36,11 @@ SAVED_SPREAD = 0.3  # likewise of a saved table
 CONTEXT_SPREAD = 1.0
 WORK_SHARE = 0.3  # of the price of a visit in that of a context token, where nothing was measured
 COMMON_DRIFT = 0.02  # per timing
-SHAPE_DRIFT = 0.003
+SHAPE_DRIFT = 0.006
 NOISE = 0.10  # of one timing; what is further off counts as no more than SURPRISE of them
 SURPRISE = 4.0
+BIAS_SHARE = 0.3  # of the last timing in how far they are off of late, in deviations
+BIAS_STEP = 0.05  # that a bias of one deviation adds to what is not known
 REACH = 0.7  # distance in ln(rows) at which neighbours share 1/e
 FRESH_FOR = 16  # timings that a curve is kept for
 
@@ -60,6 +62,7 @@ class PassTime:
         self._reading = [math.log(context_price), math.log(WORK_SHARE * context_price)]
         self._reading_var = [CONTEXT_SPREAD**2, CONTEXT_SPREAD**2]
         self._curves: dict[bool, tuple[int, Floats]] = {}
+        self._bias = 0.0
 
     @property
     def is_known(self) -> bool:
@@ -112,8 +115,8 @@ class PassTime:
         for reading, var in zip(readings, self._reading_var, strict=True):
             spread += (reading / expected) ** 2 * var
         off = math.log(seconds) - self._scale - math.log(expected)
-        limit = SURPRISE * math.sqrt(spread)
-        off = max(-limit, min(limit, off)) / spread
+        deviation = math.sqrt(spread)
+        off = max(-SURPRISE, min(SURPRISE, off / deviation)) / deviation
         self._scale += self._scale_var * off
         self._scale_var -= self._scale_var**2 / spread
         for index, reading in enumerate(readings):
@@ -121,6 +124,12 @@ class PassTime:
             self._reading[index] += gain * off
             self._reading_var[index] += SHAPE_DRIFT**2 - gain**2 / spread
         self._move_shape(math.log(num_rows), by_shape, math.sqrt(local_var), off, spread)
+        self._bias += BIAS_SHARE * (off * deviation - self._bias)
+        if abs(self._bias) > 1.0:  # timings went the same way again and again
+            self._scale_var += (BIAS_STEP * self._bias) ** 2
+            for node in (low, high):
+                doubted = self._shape_var[node] + (BIAS_STEP * self._bias) ** 2
+                self._shape_var[node] = min(doubted, SHAPE_SPREAD**2)
 
     def to_json(self) -> dict[str, Any]:
         """The table in seconds; `load` takes it back."""
@@ -177,15 +186,28 @@ class PassTime:
         return math.exp((1 - share) * self._shape[low] + share * self._shape[low + 1])
 
     def _rising(self, length: int, *, hopeful: bool) -> Floats:
-        """Seconds at 0, 1, ... rows; where noise made the shape fall, what it was before."""
+        """Seconds at 0, 1, ... rows; where noise made the shape fall, what fits both ends best."""
         low_N, share_N = _places(length)
-        logs = np.array(self._shape)
-        logs_N = (1 - share_N) * logs[low_N] + share_N * logs[low_N + 1]
+        var = [self._var(node) for node in range(len(NODES))]
+        shape = self._shape
         if hopeful:
-            var = np.array([self._var(node) for node in range(len(NODES))])
-            logs_N -= np.sqrt((1 - share_N) ** 2 * var[low_N] + share_N**2 * var[low_N + 1])
-        rising_N = np.maximum.accumulate(np.exp(self._scale + logs_N))
-        return np.concatenate((np.zeros(1), rising_N))
+            shape = [value - math.sqrt(v) for value, v in zip(shape, var, strict=True)]
+        logs = np.array(_never_falling(shape, [1.0 / v for v in var]))
+        logs_N = (1 - share_N) * logs[low_N] + share_N * logs[low_N + 1]
+        return np.concatenate((np.zeros(1), np.exp(self._scale + logs_N)))
+
+
+def _never_falling(values: Items[float], weights: Items[float]) -> list[float]:
+    """The closest sequence that never falls (pool adjacent violators, Ayer et al. 1955)."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, count
+    for value, weight in zip(values, weights, strict=True):
+        count = 1
+        while pools and pools[-1][0] > value:
+            mean, behind, size = pools.pop()
+            value = (mean * behind + value * weight) / (behind + weight)
+            weight, count = weight + behind, count + size
+        pools.append((value, weight, count))
+    return [mean for mean, _, count in pools for _ in range(count)]
 
 
 @lru_cache(maxsize=16)

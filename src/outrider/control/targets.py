@@ -1,22 +1,27 @@
-"""Latency targets: which choices keep them within reach."""
+"""Latency targets: how far each choice would miss them."""
 
-from collections.abc import Callable, Sequence as Items
+import math
+from collections.abc import Sequence as Items
 
-from outrider.control.allocation import Chosen, Ladder
+from outrider.control.allocation import Chosen, Ladder, Misses
 from outrider.control.base import Load, Room
 
+SOON = 1e-4  # seconds: the least that a step may be asked to end in
+GRAIN = 1.02  # misses closer than this are equal
 
-def keeps_targets(
-    rooms: Items[Room], ladders: Items[Ladder], load: Load, now: float
-) -> Callable[[Chosen], bool]:
-    """Whether a choice keeps every target.
+
+def misses_of(rooms: Items[Room], ladders: Items[Ladder], load: Load, now: float) -> Misses | None:
+    """By how much a choice misses the targets; None where there are none.
 
     A request's time per token is the step's time over the tokens that it is expected to be given.
-    While somebody waits for a first token, the steps until then must end in time.
+    While somebody whose prompt is being read waits for a first token, the steps until then must end
+    in time; plain steps may come too late already, which no draft makes good.
 
     Args:
         now: seconds on the engine's clock.
     """
+    if not has_targets(rooms, load):
+        return None
     paced = [
         (index, room.seq.speculation.tpot_s)
         for index, room in enumerate(rooms)
@@ -30,18 +35,24 @@ def keeps_targets(
         ),
         default=None,
     )
-    if not paced and left is None:
-        return lambda chosen: True
 
-    def keeps(chosen: Chosen) -> bool:
-        if left is not None and chosen.seconds > left:
-            return False
-        return all(
-            chosen.seconds <= target * _expected(ladders[index], chosen.depths[index])
+    def misses(chosen: Chosen) -> float:
+        found = [
+            chosen.seconds / (target * _expected(ladders[index], chosen.depths[index]))
             for index, target in paced
-        )
+        ]
+        if left is not None:
+            found.append(chosen.seconds / max(left, SOON))
+        return max(1.0, GRAIN ** round(math.log(max(found), GRAIN)))
 
-    return keeps
+    return misses
+
+
+def has_targets(rooms: Items[Room], load: Load) -> bool:
+    """Whether anybody has asked for one that this step bears on."""
+    return any(room.seq.speculation.tpot_s is not None for room in rooms) or any(
+        seq.speculation.ttft_s is not None for seq, _ in load.prefilling
+    )
 
 
 def _expected(ladder: Ladder, depth: int) -> float:

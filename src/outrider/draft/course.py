@@ -1,6 +1,6 @@
 """One row while it is drafted: which passes of the draft model feed the growth of its draft."""
 
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence as Items
 
 from torch import Tensor
 
@@ -11,6 +11,8 @@ from outrider.models.runner import Piece
 from outrider.sampling.shaper import Shaper
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, DraftTree
+
+NO_PEAKS: Mapping[int, float] = {}
 
 
 class Course:
@@ -38,11 +40,19 @@ class Course:
         """Its part of a pass after that one."""
         raise AssertionError("one pass was enough")
 
-    def follow_argmax(self, argmax_N: Items[int], first: int) -> bool:
+    @property
+    def needs_peaks(self) -> bool:
+        """Whether, growing by argmax tokens, it asks how likely they are."""
+        return False
+
+    def follow_argmax(
+        self, argmax_N: Items[int], first: int, peaks: Mapping[int, float] = NO_PEAKS
+    ) -> bool:
         """Grows by argmax tokens where no law is needed; whether this pass has no more to say.
 
         Args:
             argmax_N: of the rows of the pass; this course's begin at `first`.
+            peaks: largest probability of its rows, where it needs them.
         """
         return False
 
@@ -76,12 +86,13 @@ class LineCourse(Course):
         seq: Sequence,
         state: DraftState,
         line: Line,
+        shaper: Shaper,
         *,
         vocab_size: int,
         num_ids: int,
         recall: Recall | None = None,
     ) -> None:
-        super().__init__(seq, state, line, seq.shaper)
+        super().__init__(seq, state, line, shaper)
         self._line = line
         self._vocab_size = vocab_size
         self._num_ids = num_ids
@@ -113,15 +124,22 @@ class LineCourse(Course):
         self._num_right = 0
         return DraftTree.chain(self._guesses, "")
 
-    def follow_argmax(self, argmax_N: Items[int], first: int) -> bool:
+    @property
+    def needs_peaks(self) -> bool:
+        return self._is_argmax and self._line.stop is not None
+
+    def follow_argmax(
+        self, argmax_N: Items[int], first: int, peaks: Mapping[int, float] = NO_PEAKS
+    ) -> bool:
         if not self._is_argmax:
             return False
         while True:
-            token = argmax_N[first + self._num_right]
+            row = first + self._num_right
+            token = argmax_N[row]
             if not 0 <= token < self._vocab_size:
                 return False
-            self._line.tokens.append(token)
-            if not self._guesses or not self._was_guessed():
+            self._line.add(token, peaks.get(row, 1.0))
+            if not self._guesses or self.is_done or not self._was_guessed():
                 return True
 
     def asks(self) -> list[tuple[int, Items[int]]]:
@@ -195,18 +213,29 @@ class MaskCourse(Course):
         super().__init__(seq, state, growth, shaper)
         self._masks = DraftTree.chain([mask] * (depth - 1), "")
         self._vocab_size = vocab_size
+        self._line: Line | None = None  # where it grows by argmax tokens
+        if isinstance(growth, Line) and growth.stream is None and seq.shaper.is_plain_greedy:
+            self._line = growth
 
     def first_nodes(self) -> DraftTree:
         return self._masks
 
-    def follow_argmax(self, argmax_N: Items[int], first: int) -> bool:
-        line = self.growth
-        if not isinstance(line, Line) or line.stream or not self.seq.shaper.is_plain_greedy:
+    @property
+    def needs_peaks(self) -> bool:
+        return self._line is not None and self._line.stop is not None
+
+    def follow_argmax(
+        self, argmax_N: Items[int], first: int, peaks: Mapping[int, float] = NO_PEAKS
+    ) -> bool:
+        line = self._line
+        if line is None:
             return False
-        tokens = argmax_N[first : first + line.depth]
-        if not all(0 <= token < self._vocab_size for token in tokens):
+        rows = range(first, first + line.depth)
+        if not all(0 <= argmax_N[row] < self._vocab_size for row in rows):
             return False
-        line.tokens += tokens
+        for row in rows:
+            if not self.is_done:
+                line.add(argmax_N[row], peaks.get(row, 1.0))
         return True
 
     def asks(self) -> list[tuple[int, Items[int]]]:

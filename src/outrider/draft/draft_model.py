@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outrider.cache.table import BlockManager
 from outrider.draft.base import Snapshot, Surroundings, Warmth
-from outrider.draft.course import Course, LineCourse, MaskCourse, TreeCourse
+from outrider.draft.course import NO_PEAKS, Course, LineCourse, MaskCourse, TreeCourse
 from outrider.draft.draft_kv import DraftKV, DraftState
 from outrider.draft.drawing import draft_law
 from outrider.draft.growth import Growth, Line, plant
@@ -48,6 +48,10 @@ class ModelDrafter:
 
     A draft model that was trained to draft in parallel (PARD) gives all depths
     in one pass; trees grow from the same rows.
+
+    A plan with a `StopRule` ends a chain once all of it is unlikely to stand, and each node then
+    says how sure the draft model was; trees pay no heed to it. Where all depths come from one pass
+    it spares the target's rows, not passes.
 
     The option `inner` lets n-grams of the text guess the draft model's own tokens, so that one pass
     yields several; the drafts are the same. It is for chains that take a pass per token.
@@ -175,9 +179,8 @@ class ModelDrafter:
         return self._course(seq, state, plant(seq, plan), depth)
 
     def _course(self, seq: Sequence, state: DraftState, growth: Growth, depth: int) -> Course:
-        num_ids, is_line = self.runner.network.spec.vocab_size, isinstance(growth, Line)
-        shaper = seq.shaper
-        if shaper.is_greedy and not is_line:
+        num_ids, shaper = self.runner.network.spec.vocab_size, seq.shaper
+        if shaper.is_greedy and (not isinstance(growth, Line) or growth.stop is not None):
             shaper = state.ranker = state.ranker or self._ranker(seq)
         if self.mask_token_id is not None:
             mask, size = self.mask_token_id, self.vocab_size
@@ -188,11 +191,17 @@ class ModelDrafter:
         if seq.speculation.options.get("inner"):
             recall = state.recall = state.recall or _recall(seq)
         return LineCourse(
-            seq, state, growth, vocab_size=self.vocab_size, num_ids=num_ids, recall=recall
+            seq,
+            state,
+            growth,
+            shaper,
+            vocab_size=self.vocab_size,
+            num_ids=num_ids,
+            recall=recall,
         )
 
     def _ranker(self, seq: Sequence) -> Shaper:
-        """Shapes what a greedy tree ranks by: probabilities, where the law itself has one token.
+        """Shapes what greedy drafts rank by: probabilities, where the law itself has one token.
 
         Only minimum length asks for the end tokens, and the draft model's own are as good.
         """
@@ -233,13 +242,31 @@ class ModelDrafter:
         """One pass; every course that it gives logits grows by them."""
         output = self.runner.run(pieces)
         self.num_forwards += 1
+        peaks = self._peaks(courses, pieces, output)
         asking: list[tuple[Course, int]] = []
         for course, piece, first in zip(courses, pieces, output.first, strict=True):
             course.state.num_cached = piece.num_cached + len(piece.chain)
-            if first >= 0 and not course.follow_argmax(output.argmax_N, first):
+            if first >= 0 and not course.follow_argmax(output.argmax_N, first, peaks):
                 asking.append((course, first))
         while asking:
             asking = self._grow(asking, output.logits_NV)
+
+    def _peaks(
+        self, courses: list[Course], pieces: list[Piece], output: TargetOutput
+    ) -> Mapping[int, float]:
+        """By row, the largest probability, for courses that grow without laws but ask for it."""
+        if not any(course.needs_peaks for course in courses):
+            return NO_PEAKS
+        rows = [
+            row
+            for course, piece, first in zip(courses, pieces, output.first, strict=True)
+            if first >= 0 and course.needs_peaks
+            for row in range(first, first + 1 + len(piece.tree.tokens))
+        ]
+        logits_NV = output.logits_NV
+        logits_RV = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
+        peaks_R = fit(logits_RV, self.vocab_size).float().softmax(dim=1).amax(dim=1)
+        return dict(zip(rows, peaks_R.tolist(), strict=True))
 
     def _grow(
         self, asking: list[tuple[Course, int]], logits_NV: Tensor

@@ -13,7 +13,7 @@ from outrider.draft.drawing import draft_stream
 from outrider.draft.tree_search import BestFirst, path_tokens
 from outrider.sampling.rng import PositionStream, RootStream, Stream
 from outrider.sequence import Sequence
-from outrider.step import EMPTY_TREE, DraftTree, RowPlan
+from outrider.step import EMPTY_TREE, DraftTree, RowPlan, StopRule
 
 RECORDED = ("probabilistic", "independent")
 
@@ -45,6 +45,8 @@ class Line:
         stream: what tokens are drawn from; None picks the argmax.
         is_recorded: whether drawn tokens keep their laws.
         num_paths: how many independent chains it stands for, all of them equal.
+        stop: ends the chain early; then each law tells how sure the draft model is. The rule looks
+            at laws and at what is drafted already, so a drawn chain stays lawful.
     """
 
     def __init__(
@@ -54,13 +56,17 @@ class Line:
         *,
         is_recorded: bool = False,
         num_paths: int = 0,
+        stop: StopRule | None = None,
     ) -> None:
         self.depth = depth
         self.stream = stream
+        self.stop = stop
         self.tokens: list[int] = []
         self._laws: list[Tensor | None] = []
         self._is_recorded = is_recorded and stream is not None
         self._num_paths = num_paths
+        self._confidence: list[float] = []
+        self._survival = 1.0
 
     def wanted(self) -> list[int]:
         return [len(self.tokens) - 1] if len(self.tokens) < self.depth else []
@@ -69,19 +75,32 @@ class Line:
         (q_V,) = laws
         if q_V is None:
             self.depth = len(self.tokens)  # nothing to propose; the target's law decides
-        elif self.stream is None:
-            self.tokens.append(int(q_V.argmax()))
-        else:
-            self.tokens.append(self.stream.pick(q_V))
-            if self._is_recorded:
-                self._laws.append(q_V)
+            return
+        token = int(q_V.argmax()) if self.stream is None else self.stream.pick(q_V)
+        if self._is_recorded:
+            self._laws.append(q_V)
+        self.add(token, 1.0 if self.stop is None else float(q_V.max()))
+
+    def add(self, token: int, confidence: float) -> None:
+        """One token more, and the last if all so far is too unlikely to stand.
+
+        Args:
+            confidence: the largest probability of the token's law; matters to a stop rule only.
+        """
+        self.tokens.append(token)
+        if self.stop is None:
+            return
+        self._confidence.append(confidence)
+        self._survival *= self.stop.acceptance(confidence, len(self.tokens))
+        if self._survival < self.stop.floor:
+            self.depth = len(self.tokens)
 
     def path_tokens(self, node: int) -> Items[int]:
         return self.tokens[: node + 1]
 
     def tree(self, source: str) -> DraftTree:
         if not self._num_paths or not self.tokens:
-            return DraftTree.chain(self.tokens, source, self._laws)
+            return DraftTree.chain(self.tokens, source, self._laws, self._confidence)
         nodes = tuple(range(len(self.tokens)))
         return DraftTree(
             tokens=tuple(self.tokens),
@@ -89,6 +108,7 @@ class Line:
             laws=tuple(self._laws),
             paths=(nodes,) * self._num_paths,
             source=source,
+            confidence=tuple(self._confidence),
         )
 
 
@@ -219,6 +239,7 @@ def plant(seq: Sequence, plan: RowPlan) -> Growth:
             draft_stream(seq, method),
             is_recorded=method in RECORDED,
             num_paths=1 if is_alone else 0,
+            stop=plan.stop,
         )
     if seq.shaper.is_greedy and method == "independent" and not seq.shaper.is_plain_greedy:
         # The rule is asked then, and it wants paths: draws from a point mass are all equal.

@@ -17,6 +17,7 @@ from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, Tar
 
 TRUSTED_MATCH = 8  # tokens in a row that no coincidence brings about
 REACH = 4  # tokens drafted for each that matched, before a place is trusted
+DEFAULT_MIN_MATCH = 2
 MAX_MATCH = 32  # longer matches count as equal
 NUM_NEAREST = 32  # occurrences looked at on either side of where the answer left the prediction
 Index = dict[tuple[int, ...], list[int]]
@@ -47,14 +48,18 @@ class PredictionState:
     def follow(self, log: Items[int]) -> None:
         """Reads the tokens that are new in the log."""
         for end in range(self.num_read + 1, len(log) + 1):
-            is_next = self.place < len(self.prediction)
-            if is_next and self.prediction[self.place] == log[end - 1]:
-                self.place, self.streak = self.place + 1, self.streak + 1
-            else:
-                self._search(log, end)
-            if self.streak >= TRUSTED_MATCH:
-                self.home, self.home_at = self.place, end
-        self.num_read = len(log)
+            self.read(log, end)
+
+    def read(self, log: Items[int], end: int) -> None:
+        """Reads one token more: the last of `log[:end]`."""
+        is_next = self.place < len(self.prediction)
+        if is_next and self.prediction[self.place] == log[end - 1]:
+            self.place, self.streak = self.place + 1, self.streak + 1
+        else:
+            self._search(log, end)
+        if self.streak >= TRUSTED_MATCH:
+            self.home, self.home_at = self.place, end
+        self.num_read = end
 
     def chains(self, depth: int, width: int) -> list[tuple[int, ...]]:
         """What may come next, likeliest first: from the place that matches; as if as many tokens
@@ -109,6 +114,45 @@ class PredictionState:
         return self._index.get(ngram, [])
 
 
+def tokens_taken(prediction: Items[int], answer: Items[int]) -> int:
+    """How many tokens of a prediction an answer took, whoever drafted them, if anybody did.
+
+    The answer is followed through the prediction as the drafter follows it. Where it is known to
+    be, its tokens take the places that they agree with; each token takes at most one place and each
+    place is taken at most once, so this is no more than either of them is long. It costs what
+    drafting from the prediction costs for the same answer.
+    """
+    state = PredictionState(
+        prediction=tuple(prediction), min_match=DEFAULT_MIN_MATCH, num_prompt=0, num_read=0,
+        home_at=0,
+    )  # fmt: skip
+    taken, has_taken = bytearray(len(prediction)), bytearray(len(answer))
+    num_taken = 0
+    for end in range(1, len(answer) + 1):
+        if num_taken == len(prediction):
+            break
+        state.read(answer, end)
+        if state.streak:
+            num_taken += _take(state, answer, taken, has_taken)
+    return num_taken
+
+
+def _take(
+    state: PredictionState, answer: Items[int], taken: bytearray, has_taken: bytearray
+) -> int:
+    """Marks places from the present one back, as far as the answer agrees and has taken none.
+
+    The tokens of a match that was just found are among them, and so are those before it that had
+    been looked for in the wrong place. Returns how many places are new.
+    """
+    at, place, num_new = state.num_read - 1, state.place - 1, 0
+    while min(at, place) >= 0 and not has_taken[at] and answer[at] == state.prediction[place]:
+        num_new += not taken[place]
+        taken[place] = has_taken[at] = 1
+        at, place = at - 1, place - 1
+    return num_new
+
+
 class PredictionDrafter:
     """Drafts the prediction on from where the answer is in it.
 
@@ -128,7 +172,10 @@ class PredictionDrafter:
     sample_methods: tuple[str, ...] = ("greedy",)
     options: Mapping[str, Option] = {
         "min_match": Option(
-            2, "tokens that must agree to find the place in the prediction again", low=1, high=16
+            DEFAULT_MIN_MATCH,
+            "tokens that must agree to find the place in the prediction again",
+            low=1,
+            high=16,
         )
     }
 

@@ -98,7 +98,6 @@ def turn_of(
         speculation=resolved,
         tool_use=tool_use,
         template=template,
-        num_predicted=0 if body.prediction is None else len(resolved.prediction),
     )
 
 
@@ -199,7 +198,9 @@ class Chunks:
 
     def usage(self) -> dict[str, Any]:
         """The last chunk, which has no choices."""
-        found = usage(self._finished, num_predicted=self._turn.num_predicted)
+        prediction = self._turn.speculation.prediction
+        answers = [choice.token_ids for choice in self._choices]
+        found = usage(self._finished, prediction=prediction, answers=answers)
         if self._turn.ask.stream.visibility != "verified":
             found["outrider"] = {"stream": self._erasure.summary()}
         return {**self._head, "choices": [], "usage": found}
@@ -224,7 +225,11 @@ class Chunks:
 
 
 class _Choice:
-    """One of a response's choices, commit by commit."""
+    """One of a response's choices, commit by commit.
+
+    Attributes:
+        token_ids: so far, where there is a prediction to hold them against.
+    """
 
     def __init__(self, here: Server, body: ChatBody, turn: Turn, index: int) -> None:
         self._index = index
@@ -233,6 +238,8 @@ class _Choice:
         self._has_logprobs = body.logprobs
         wants_steps = turn.ask.stream.steps
         self._steps = Steps(self._tokenizer, turn.ask.prompt) if wants_steps else None
+        self._is_predicted = bool(turn.speculation.prediction)
+        self.token_ids: list[int] = []
         self.has_begun = False
 
     def begin(self) -> dict[str, Any]:
@@ -240,6 +247,8 @@ class _Choice:
         return self.wrap({"role": "assistant", "content": ""})
 
     def take(self, event: Committed) -> list[dict[str, Any]]:
+        if self._is_predicted:
+            self.token_ids += event.token_ids
         deltas = [delta_of(piece) for piece in self._pieces.take(event)]
         needs_one = event.logprobs or (self._steps is not None and event.token_ids)
         if not deltas and needs_one:
@@ -314,7 +323,11 @@ def _completion(
         "created": here.now(),
         "model": here.model_name,
         "choices": [_whole_choice(here, body, turn, answer) for answer in answers],
-        "usage": usage(metrics, num_predicted=turn.num_predicted),
+        "usage": usage(
+            metrics,
+            prediction=turn.speculation.prediction,
+            answers=[answer.token_ids for answer in answers],
+        ),
         **report(turn, metrics, session),
     }
 

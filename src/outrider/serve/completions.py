@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence as Items
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence as Items
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -221,7 +221,8 @@ class _Chunks:
 
     def usage(self) -> dict[str, Any]:
         """The last chunk, which has no choices."""
-        found = usage_of_all(_usages(self._jobs, self._finished))
+        answers = {key: choice.token_ids for key, choice in self._choices.items()}
+        found = usage_of_all(_usages(self._jobs, self._finished, answers))
         if len(self._jobs) == 1 and self._jobs[0].ask.stream.visibility != "verified":
             found["outrider"] = {"stream": self._erasures[0].summary()}
         return {**self._head, "choices": [], "usage": found}
@@ -247,7 +248,11 @@ class _Chunks:
 
 
 class _Choice:
-    """One of a response's choices, commit by commit."""
+    """One of a response's choices, commit by commit.
+
+    Attributes:
+        token_ids: so far, where there is a prediction to hold them against.
+    """
 
     def __init__(self, here: Server, body: CompletionBody, job: Job, index: int) -> None:
         self._index = job.place * body.n + index
@@ -255,6 +260,8 @@ class _Choice:
         self._logprobs = _legacy(here, body, job)
         wants_steps = job.ask.stream.steps
         self._steps = Steps(here.tokenizer, job.ask.prompt) if wants_steps else None
+        self._is_predicted = bool(job.speculation.prediction)
+        self.token_ids: list[int] = []
 
     def step(self, event: Committed) -> dict[str, Any]:
         """What the commit was made of, for clients that ask."""
@@ -262,6 +269,8 @@ class _Choice:
 
     def take(self, event: Committed) -> dict[str, Any] | None:
         """None where there is nothing to say yet."""
+        if self._is_predicted:
+            self.token_ids += event.token_ids
         text, self._echo = self._echo + event.text, ""
         logprobs = None
         if self._logprobs is not None and event.logprobs:
@@ -284,10 +293,11 @@ def _completion(
 ) -> dict[str, Any]:
     pairs = [(job, answer) for job, found in zip(jobs, answers, strict=True) for answer in found]
     finished = [(job, answer.metrics) for job, answer in pairs]
+    token_ids = {(job.place, answer.index): answer.token_ids for job, answer in pairs}
     return {
         **_head(here, jobs),
         "choices": [_whole_choice(here, body, job, answer) for job, answer in pairs],
-        "usage": usage_of_all(_usages(jobs, finished)),
+        "usage": usage_of_all(_usages(jobs, finished, token_ids)),
         **_report(jobs[0].speculation, [metrics for _, metrics in finished]),
     }
 
@@ -318,12 +328,21 @@ def _legacy(here: Server, body: CompletionBody, job: Job) -> LegacyLogprobs | No
     return LegacyLogprobs(here.needed_tokenizer(), job.ask.prompt)
 
 
-def _usages(jobs: list[Job], finished: list[tuple[Job, RequestMetrics]]) -> list[dict[str, Any]]:
-    """One per prompt."""
+def _usages(
+    jobs: list[Job],
+    finished: list[tuple[Job, RequestMetrics]],
+    token_ids: Mapping[tuple[int, int], Items[int]],
+) -> list[dict[str, Any]]:
+    """One per prompt.
+
+    Args:
+        token_ids: of each answer, by its job's place and its index.
+    """
     return [
         usage(
             [metrics for owner, metrics in finished if owner is job],
-            num_predicted=len(job.speculation.prediction),
+            prediction=job.speculation.prediction,
+            answers=[ids for (place, _), ids in token_ids.items() if place == job.place],
         )
         for job in jobs
     ]

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from outrider.engine.build import speculation_params
-from outrider.request import SamplingParams, Speculation, SpeculationParams
+from outrider.engine.engine import Engine
+from outrider.engine.prompts import make_request
+from outrider.request import Request, SamplingParams, Speculation, SpeculationParams
 from outrider.serve.base import Server
 from outrider.serve.chat_template import template_of
 from outrider.serve.delivery import shown, stream_options
@@ -121,6 +123,25 @@ class Plan:
             priority=self.body.priority,
         )
 
+    async def check(self, here: Server, prompt: tuple[int, ...], tenant: str) -> None:
+        """Raises what the engine would refuse such a request for, before its turn has come.
+
+        Raises:
+            RequestError: the prompt is too long, a schema does not compile, and the like.
+            EngineError: the engine broke down.
+        """
+        llm, ask = here.llm, self.ask(prompt, tenant)
+        request = make_request(
+            llm.new_request_id(),
+            ask.prompt,
+            ask.sampling,
+            llm.speculation if ask.speculation is None else ask.speculation,
+            ask.stream.params,
+            llm.tokenizer,
+            tenant=tenant,
+        )
+        await here.engine.call(_try_out, llm.engine, request)
+
     def response(self, here: Server, response_id: str, previous: str | None) -> dict[str, Any]:
         """The response object as it is created."""
         body = self.body
@@ -206,3 +227,9 @@ class Plan:
         if self.tool_use.name:
             return {"type": "function", "name": self.tool_use.name}
         return self.body.tool_choice or AUTO
+
+
+def _try_out(engine: Engine, request: Request) -> None:
+    """Adds the request and takes it back, between two steps: nothing of it runs."""
+    engine.add(request)
+    engine.abort(request.id)

@@ -130,6 +130,8 @@ class Responses:
                 if_head=base,
                 on_conflict="fork" if body.previous_response_id else body.outrider.on_conflict,
             )
+            if body.background:  # others wait for what the engine says of them
+                await plan.check(self._here, turn.prompt, tenant)
             return self.runs.launch(
                 tenant, plan, response_id, turn.prompt, turn, items, is_detached=is_detached
             )

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from outrider.errors import EngineError
@@ -30,6 +30,7 @@ class Alarm(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """As a response tells it."""
         return {
+            "drafter": self.drafter,
             "expected": round(self.judgement.expected, 4),
             "seen": round(self.judgement.seen, 4),
             "p_value": self.judgement.p_value,
@@ -66,30 +67,44 @@ class Watch:
         return judge(self.history, self.tries, level=LEVEL / 2**self.num_looks)
 
 
+@dataclass
+class Watched:
+    """A session since a restore.
+
+    Attributes:
+        watches: by drafter and bucket of the temperature.
+        settled: drafters of which enough is known.
+    """
+
+    watches: dict[tuple[str, str], Watch] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
+
+
 class SessionCanary:
     """Drafters whose state is more than tokens, over the turns that follow a restore.
 
     Wrong draft KV changes no text, so nothing but acceptance tells of it. Drafters of class R0
-    are left alone: the log is all that they are made of.
+    are left alone: the log is all that they are made of. Where a method drafts by several, each is
+    watched by itself.
     """
 
     def __init__(self, warmer: Warmer, counters: Counters) -> None:
         self._warmer = warmer
         self._counters = counters
-        self._watches: OrderedDict[str, dict[tuple[str, str], Watch]] = OrderedDict()
+        self._watched: OrderedDict[str, Watched] = OrderedDict()
 
     def heed(self, session: str, warm: Warm) -> None:
         """A session that was warmed up is watched if state of it was loaded."""
         if warm.restored_from is None:
             return
-        self._watches[session] = {}
-        self._watches.move_to_end(session)
-        if len(self._watches) > MAX_SESSIONS:
-            self._watches.popitem(last=False)
+        self._watched[session] = Watched()
+        self._watched.move_to_end(session)
+        if len(self._watched) > MAX_SESSIONS:
+            self._watched.popitem(last=False)
 
     def drop(self, session: str) -> None:
         """The session is gone."""
-        self._watches.pop(session, None)
+        self._watched.pop(session, None)
 
     def look(
         self, session: str, drafter: str, heat: str, stats: Mapping[str, Any], tries: Tries
@@ -97,19 +112,23 @@ class SessionCanary:
         """What is wrong with a drafter after one more turn; None if nothing is known to be.
 
         Args:
-            heat: the bucket of the temperature. stats: class S before the turn.
+            heat: the bucket of the temperature. stats: class S before the turn. tries: the turn's,
+                counted as those of class S.
         """
-        watches = self._watches.get(session)
-        if watches is None or self._warmer.kind(drafter) == "R0":
+        watched = self._watched.get(session)
+        if watched is None or drafter in watched.settled:
             return None
-        if (drafter, heat) not in watches:
+        if self._warmer.kind(drafter) in (None, "R0"):
+            return None
+        if (drafter, heat) not in watched.watches:
             known = stats.get(drafter, {}).get(heat, {})
-            watches[drafter, heat] = Watch(History.from_dict(known.get("turns", {})))
-        watch = watches[drafter, heat]
+            watched.watches[drafter, heat] = Watch(History.from_dict(known.get("turns", {})))
+        watch = watched.watches[drafter, heat]
         found = watch.look(tries)
-        if watch.tries.total >= MAX_TRIES or (found is not None and found.is_worse):
-            self.drop(session)
-        return found if found is not None and found.is_worse else None
+        is_worse = found is not None and found.is_worse
+        if is_worse or watch.tries.total >= MAX_TRIES:
+            watched.settled.add(drafter)
+        return found if is_worse else None
 
     async def act(
         self, tenant: str, tokens: tuple[int, ...], drafter: str, judgement: Judgement

@@ -242,7 +242,7 @@ class Sessions:
         answer: Items[int],
         metrics: RequestMetrics,
         temperature: float,
-        num_draft_tokens: int,
+        _num_draft_tokens: int = 0,
     ) -> Head:
         """The turn becomes part of the session: its input, and the answer as it was generated."""
         try:
@@ -258,8 +258,7 @@ class Sessions:
             try:
                 await self._sign(turn, head)
                 if metrics.num_drafts:
-                    heat = bucket_of(temperature)
-                    await self._learn(turn, head, metrics, heat, num_draft_tokens)
+                    await self._learn(turn, head, metrics, bucket_of(temperature))
             except SessionStorageError as error:
                 logger.warning("nothing was learnt of a turn: %s", error)  # it is committed
         finally:
@@ -355,18 +354,21 @@ class Sessions:
         counters.half_warm_hits += bool(metrics.num_cached_tokens) and not is_ready
 
     async def _learn(
-        self, turn: SessionTurn, head: Head, metrics: RequestMetrics, heat: str, depth: int
+        self, turn: SessionTurn, head: Head, metrics: RequestMetrics, heat: str
     ) -> None:
-        """Adds to class S, unless the canary finds that the drafter had been restored wrongly."""
-        drafter, counts = metrics.drafter, counts_of(metrics, depth)
-        tries = Tries(**counts["tries"])
-        worse = self._canary.look(turn.session, drafter, heat, turn.stats, tries)
-        if worse is None:
-            by_heat = {heat: counts}
-            await self.call(self.log.stats.add, turn.tenant, head.session, drafter, by_heat)
-            return
-        tokens = tuple(await self.call(self.log.tokens, turn.tenant, head))
-        turn.alarm = await self._canary.act(turn.tenant, tokens, drafter, worse)
+        """Adds to class S, but for drafters of which the canary finds that they had been restored
+        wrongly."""
+        sound = dict(metrics.by_drafter)
+        for drafter, fared in metrics.by_drafter.items():
+            tries = Tries.of_positions(fared.tried, fared.stood)
+            worse = self._canary.look(turn.session, drafter, heat, turn.stats, tries)
+            if worse is not None:
+                del sound[drafter]
+                tokens = tuple(await self.call(self.log.tokens, turn.tenant, head))
+                turn.alarm = await self._canary.act(turn.tenant, tokens, drafter, worse)
+        counts = counts_of(sound, metrics.drafter)
+        by_heat = {drafter: {heat: each} for drafter, each in counts.items()}
+        await self.call(self.log.stats.add_all, turn.tenant, head.session, by_heat)
 
     def _drop(self, session: str) -> None:
         """The session is gone."""

@@ -12,10 +12,10 @@ from outrider.errors import SessionNotFound
 from outrider.request import SamplingParams, SpeculationParams
 from outrider.serve.base import Server
 from outrider.serve.session_store import SessionStore
-from outrider.session.canary import History, Tries
 from outrider.session.records import Session
 from outrider.session.snapshot import Manifest
-from outrider.stream.events import RequestMetrics
+from outrider.session.statistics import of_turn
+from outrider.stream.events import DrafterMetrics
 
 KEPT_WARM = 16  # sessions whose state is written out when the server stops
 MAX_USED = 4096  # sessions remembered as used by this process
@@ -177,23 +177,17 @@ class Warmer:
         self._used.pop(session, None)
 
 
-def counts_of(metrics: RequestMetrics, num_draft_tokens: int) -> dict[str, Any]:
-    """A turn's drafts: by position, drafted and jointly accepted; and tries, for the canary.
+def counts_of(by_drafter: Mapping[str, DrafterMetrics], method: str) -> dict[str, dict[str, Any]]:
+    """What a turn adds to class S, by drafter.
 
-    How deep each draft went is not told, so every draft counts at every position. Those that a
-    policy made short and that stood are no rejections: of these there are no more than of drafted
-    tokens that fell.
+    Args:
+        method: the request's drafter. Where it drafts by others, it has their sum beside theirs.
     """
-    histogram = metrics.accepted_histogram
-    tries = Tries.of_histogram(histogram, num_draft_tokens)
-    num_fallen = metrics.num_draft_tokens - metrics.num_accepted_tokens
-    tries = tries._replace(rejected=min(tries.rejected, num_fallen))
-    accepted = [sum(histogram[position:]) for position in range(1, len(histogram))]
+    found = dict(by_drafter)
+    if by_drafter and method not in by_drafter:
+        found[method] = sum(by_drafter.values(), DrafterMetrics())
     return {
-        "drafted": [metrics.num_drafts] * max(len(accepted), 1),
-        "accepted": accepted or [0],
-        "tries": tries._asdict(),
-        "turns": History.of([tries]).as_dict(),
+        drafter: of_turn(each.num_drafts, each.tried, each.stood) for drafter, each in found.items()
     }
 
 

@@ -74,7 +74,7 @@ def methods(
     here: Annotated[Server, Depends(server)],
     _: Annotated[str, Depends(tenant)],
 ) -> dict[str, Any]:
-    """Who can draft, which rules can decide, their options and defaults, and what is served.
+    """Who can draft, how far by whose word, which rules decide, their options, what is served.
 
     Of each method `is_here` says whether requests may name it, `reason` why not, and `rules`
     which rules take its drafts as it makes them when nothing else is asked for (temperature 0).
@@ -87,6 +87,7 @@ def methods(
         "draft_model": engine.draft_model or None,
         "defaults": _defaults(here),
         "methods": list(_methods(engine, [rule["name"] for rule in rules if rule["is_allowed"]])),
+        "policies": list(_policies(engine)),
         "rules": rules,
         "limits": {
             "num_draft_tokens": MAX_DRAFT_TOKENS,
@@ -165,6 +166,16 @@ def _methods(engine: Engine, rules: list[str]) -> Iterator[dict[str, Any]]:
             "sample_methods": list(drafter.sample_methods),
             "options": _options(drafter.options),
             "rules": [rule for rule in rules if is_here and _takes(engine, drafter, rule)],
+        }
+
+
+def _policies(engine: Engine) -> Iterator[dict[str, Any]]:
+    """Who may decide how far to draft; the default is that of requests that say no K either."""
+    for name, policy in engine.controller.policies.items():
+        yield {
+            "name": name,
+            "is_default": name == engine.controller.default,
+            "options": _options(policy.options),
         }
 
 

@@ -19,7 +19,6 @@ class Turn:
         id: of the response, and of the request in the engine.
         speculation: `ask.speculation` with its defaults filled in.
         template: the model's chat template, which decides how calls are written.
-        num_predicted: tokens of the prediction that the client sent.
     """
 
     id: str
@@ -27,7 +26,6 @@ class Turn:
     speculation: Speculation
     tool_use: ToolUse
     template: str = ""
-    num_predicted: int = 0
 
     def read(self, text: str) -> Reply:
         """Content and calls of a whole answer."""

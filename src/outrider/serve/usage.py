@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
+from outrider.draft.prediction import tokens_taken
 from outrider.errors import RequestError
 from outrider.request import SamplingParams, Speculation, SpeculationParams
 from outrider.serve.base import Server
@@ -76,17 +77,23 @@ def exactness(
     return found
 
 
-def usage(metrics: Items[RequestMetrics], *, num_predicted: int = 0) -> dict[str, Any]:
+def usage(
+    metrics: Items[RequestMetrics],
+    *,
+    prediction: Items[int] = (),
+    answers: Items[Items[int]] = (),
+) -> dict[str, Any]:
     """OpenAI's `usage` of the completions of one prompt.
 
     Args:
-        num_predicted: tokens of the client's prediction. Each completion took some of them and
-            rejected the others, however often these were drafted; rejected tokens are not among
-            the completion tokens.
+        prediction: the client's, as token ids. Each completion took some of these tokens and
+            rejected the others, whoever drafted them and however often; rejected tokens are not
+            among the completion tokens.
+        answers: token ids of the completions, where there is a prediction.
     """
     num_prompt = metrics[0].num_prompt_tokens if metrics else 0
     num_completion = sum(m.num_generated_tokens for m in metrics)
-    num_accepted = sum(min(m.num_accepted_tokens, num_predicted) for m in metrics)
+    num_taken = sum(tokens_taken(prediction, answer) for answer in answers) if prediction else 0
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
@@ -98,8 +105,8 @@ def usage(metrics: Items[RequestMetrics], *, num_predicted: int = 0) -> dict[str
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,
-            "accepted_prediction_tokens": num_accepted,
-            "rejected_prediction_tokens": num_predicted * len(metrics) - num_accepted,
+            "accepted_prediction_tokens": num_taken,
+            "rejected_prediction_tokens": len(prediction) * len(metrics) - num_taken,
         },
     }
 

@@ -31,10 +31,10 @@ class Tries(NamedTuple):
         return cls(accepted, sum(accepted < drafted for drafted, accepted in steps))
 
     @classmethod
-    def of_histogram(cls, histogram: Items[int], depth: int) -> Self:
-        """From `RequestMetrics.accepted_histogram` (entry a: steps that accepted a) at K=depth."""
-        accepted = sum(a * steps for a, steps in enumerate(histogram))
-        return cls(accepted, sum(histogram[:depth]))
+    def of_positions(cls, tried: Items[int], stood: Items[int]) -> Self:
+        """From counts by position: drafts that came so far and stood until there; of those, how
+        many stood there too."""
+        return cls(sum(stood), sum(tried) - sum(stood))
 
     @property
     def total(self) -> int:

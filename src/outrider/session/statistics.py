@@ -1,12 +1,13 @@
 """Statistics of acceptance per session and drafter: how they are kept, counted and merged."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Items
 from contextlib import AbstractContextManager
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
 from outrider.errors import RequestError
+from outrider.session.canary import History, Tries
 from outrider.session.ledger import Ledger, to_json
 
 Counts: TypeAlias = Mapping[str, Any]
@@ -27,7 +28,7 @@ class StatsTable:
         with self._reads(tenant) as ledger:
             ledger.session(session)
             rows = ledger.db.execute(query, (session,))
-            return {drafter: json.loads(text) for drafter, text in rows}
+            return {drafter: _read(text) for drafter, text in rows}
 
     def put(self, tenant: str, session: str, drafter: str, value: Counts) -> None:
         """Replaces; SessionNotFound, or RequestError for what is not JSON."""
@@ -37,25 +38,44 @@ class StatsTable:
             _put(ledger, session, drafter, stored)
 
     def add(self, tenant: str, session: str, drafter: str, counts: Counts) -> dict[str, Any]:
-        """Merges with what is there, in one transaction; returns the sum."""
+        """Merges with what is there; returns the sum."""
+        return self.add_all(tenant, session, {drafter: counts})[drafter]
+
+    def add_all(
+        self, tenant: str, session: str, by_drafter: Mapping[str, Counts]
+    ) -> dict[str, dict[str, Any]]:
+        """Merges the counts of several drafters, in one transaction; returns their sums."""
         query = "SELECT json FROM stats WHERE session = ? AND drafter = ?"
+        totals: dict[str, dict[str, Any]] = {}
         with self._writes(tenant) as ledger:
             ledger.session(session)
-            row = ledger.db.execute(query, (session, drafter)).fetchone()
-            total = merge(json.loads(row[0]) if row else {}, counts)
-            _put(ledger, session, drafter, to_json("statistics", total))
-            return total
+            for drafter, counts in by_drafter.items():
+                row = ledger.db.execute(query, (session, drafter)).fetchone()
+                totals[drafter] = merge(_read(row[0]) if row else {}, counts)
+                _put(ledger, session, drafter, to_json("statistics", totals[drafter]))
+        return totals
 
 
-def acceptance(temperature: float, num_drafted: int, num_accepted: int) -> dict[str, Any]:
-    """The counts of one draft: per position, how often it was drafted, and accepted.
+def of_turn(num_drafts: int, tried: Items[int], stood: Items[int]) -> dict[str, Any]:
+    """What one turn tells of a drafter at one temperature.
+
+    Args:
+        tried: by position, the drafts that came so far and stood until there.
+        stood: by position, those that stood there too.
 
     Returns:
-        {bucket: {"drafted": [...], "accepted": [...]}}; sums of such counts are of the same form,
-        and position i was accepted (jointly with all before it) accepted[i] / drafted[i] times.
+        "num_drafts"; "drafted" and "accepted" by position: the former are the tries, so that
+        acceptance at position i, all before it accepted, is accepted[i] / drafted[i] however deep
+        each draft was; "tries" and "turns" of the canary. Sums of such counts are of the same form.
     """
-    accepted = [int(position < num_accepted) for position in range(num_drafted)]
-    return {bucket_of(temperature): {"drafted": [1] * num_drafted, "accepted": accepted}}
+    tries = Tries.of_positions(tried, stood)
+    return {
+        "num_drafts": num_drafts,
+        "drafted": list(tried),
+        "accepted": list(stood),
+        "tries": tries._asdict(),
+        "turns": History.of([tries]).as_dict(),
+    }
 
 
 def bucket_of(temperature: float) -> str:
@@ -85,6 +105,21 @@ def _add(key: str, first: Any, second: Any) -> Any:
     if all(type(value) in (int, float) for value in given):
         return sum(given)
     raise RequestError(f"statistics {key!r}: {first!r} and {second!r} cannot be added")
+
+
+def _read(stored: str) -> dict[str, Any]:
+    """Rows of before told of every draft at every position, which holds for the first one only."""
+    found: dict[str, Any] = json.loads(stored)
+    return {key: _first_only(value) if _is_old(value) else value for key, value in found.items()}
+
+
+def _is_old(value: Any) -> bool:
+    return isinstance(value, Mapping) and "drafted" in value and "num_drafts" not in value
+
+
+def _first_only(counts: Counts) -> dict[str, Any]:
+    drafted, accepted = counts["drafted"][:1], counts["accepted"][:1]
+    return {**counts, "num_drafts": sum(drafted), "drafted": drafted, "accepted": accepted}
 
 
 def _put(ledger: Ledger, session: str, drafter: str, stored: str) -> None:

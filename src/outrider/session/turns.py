@@ -9,7 +9,7 @@ from outrider.errors import SessionConflict, SessionNotFound
 from outrider.session.database import Database
 from outrider.session.ledger import Ledger, OnConflict, to_json
 from outrider.session.records import Head, Turn
-from outrider.session.segments import TOKEN_BYTES, pack, put_note, unpack
+from outrider.session.segments import pack, put_note, unpack
 
 Transaction: TypeAlias = Callable[[str], AbstractContextManager[Ledger]]
 NO_REQUEST: Mapping[str, Any] = {}
@@ -17,11 +17,13 @@ TURN = "SELECT tenant, response_id, session, head, request, tokens FROM turn"
 
 
 class Turns:
-    """Begin, extend, then commit or abort; after a crash `unfinished` lists those left between.
+    """Begin, then commit or abort; after a crash `unfinished` lists those left between.
 
     A turn leaves its session alone until it is committed as one segment and one head, so an
     aborted one leaves nothing behind. Several may be made at once; the first to commit moves
     the head, and the others find a conflict or fork. Tokens of a turn count for the quota.
+
+    Its answer comes with the commit: one that a crash has cut off is made again from the request.
     """
 
     def __init__(self, database: Database, writes: Transaction, reads: Transaction) -> None:
@@ -61,22 +63,6 @@ class Turns:
             ledger.db.execute("INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?)", row)
             return _turn(row)
 
-    def extend(self, tenant: str, response_id: str, tokens: Sequence[int]) -> int:
-        """Adds committed tokens; returns how many the turn has now.
-
-        It writes the whole turn anew, so call it per some tokens rather than per token.
-
-        Raises:
-            SessionNotFound, QuotaExceeded, RequestError.
-        """
-        packed = pack(tokens)
-        with self._writes(tenant) as ledger:
-            turn = _find(ledger, response_id)
-            whole = pack(turn.tokens) + packed
-            update = "UPDATE turn SET tokens = ? WHERE tenant = ? AND response_id = ?"
-            ledger.db.execute(update, (whole, tenant, response_id))
-            return len(whole) // TOKEN_BYTES
-
     def commit(
         self,
         tenant: str,
@@ -86,10 +72,10 @@ class Turns:
         on_conflict: OnConflict = "error",
         note: Mapping[str, Any] | None = None,
     ) -> Head:
-        """Makes the turn, with these last tokens, part of its session.
+        """Makes the turn, with the tokens of its answer, part of its session.
 
         Args:
-            note: JSON that holds of every log with the tokens before the last ones.
+            note: JSON that holds of every log with the turn's input.
 
         Raises:
             SessionNotFound: no such turn, or its session is gone.

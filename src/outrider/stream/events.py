@@ -2,7 +2,45 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple, TypeAlias
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterMetrics:
+    """How the drafts of one drafter fared in one completion.
+
+    Acceptance at a position is `stood / tried` there. It is not biased by how deep each draft
+    went, nor by where the answer ended: a token is tried only if the draft came so far, all before
+    it stood, and the answer went on.
+
+    Attributes:
+        num_drafts, num_draft_tokens, num_accepted_tokens: as in `RequestMetrics`, of this drafter.
+        tried: entry i counts the drafts of at least i + 1 tokens whose first i stood; of a tree
+            its longest path counts.
+        stood: of those, the drafts whose token i + 1 stood as well.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    tried: tuple[int, ...] = ()
+    stood: tuple[int, ...] = ()
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """By position, the share of tried tokens that stood."""
+        return tuple(stood / tried for stood, tried in zip(self.stood, self.tried, strict=True))
+
+    def __add__(self, other: "DrafterMetrics") -> "DrafterMetrics":
+        """Of both, as if they were one drafter."""
+        return DrafterMetrics(
+            num_drafts=self.num_drafts + other.num_drafts,
+            num_draft_tokens=self.num_draft_tokens + other.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens + other.num_accepted_tokens,
+            tried=_sums(self.tried, other.tried),
+            stood=_sums(self.stood, other.stood),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +53,8 @@ class RequestMetrics:
         num_draft_tokens, num_accepted_tokens: nodes drafted; nodes on accepted paths.
         num_relaxed_tokens: emitted tokens that stand only because the rule is a lossy one.
         accepted_histogram: entry a counts the drafted steps that accepted a tokens.
+        by_drafter: the same by whose drafts they were, for methods that have several drafters; and
+            how often a token was tried at each position, which the histogram does not tell.
         drafter, verifier, exactness: who guessed, which rule decided, and what that promises
             ("exact", "exact-greedy", "lossy" or "synthetic").
         verifier_options: settings of the rule that the request gave, the others being the usual
@@ -31,6 +71,7 @@ class RequestMetrics:
     num_accepted_tokens: int = 0
     num_relaxed_tokens: int = 0
     accepted_histogram: tuple[int, ...] = ()
+    by_drafter: Mapping[str, DrafterMetrics] = field(default_factory=dict)
     drafter: str = ""
     verifier: str = ""
     exactness: str = ""
@@ -147,3 +188,7 @@ class Tail:
 
 
 Event: TypeAlias = Committed | Tail
+
+
+def _sums(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip_longest(first, second, fillvalue=0))

@@ -2,15 +2,65 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import add
 
 from outrider.sequence import Sequence
 from outrider.step import Batch, Commit, DraftTree
 from outrider.stream.detokenize import Decoder, Detokenizer, Stop
-from outrider.stream.events import Committed, Event, RequestMetrics, StepTree, TokenLogprob
+from outrider.stream.events import (
+    Committed,
+    DrafterMetrics,
+    Event,
+    RequestMetrics,
+    StepTree,
+    TokenLogprob,
+)
 from outrider.stream.screen import Screen
 from outrider.stream.stability import Stability
 
 NUM_CONTEXT_TOKENS = 6
+
+
+@dataclass(eq=False)
+class Fared:
+    """How one drafter's drafts fared so far.
+
+    Attributes:
+        fell: entry a counts the drafts of which a tokens stood and the next one did not.
+        held: entry a counts the drafts of which a tokens stood, and then they or the answer ended.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    fell: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+
+    def count(self, commit: Commit) -> None:
+        num_drafted, num_accepted = commit.num_drafted, commit.num_accepted
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
+        # What was accepted behind the answer's end continues a text that nobody wanted.
+        is_cut = len(commit.tokens) <= num_accepted
+        falls = not is_cut and num_accepted < num_drafted and num_accepted < _depth(commit.tree)
+        _add(self.fell if falls else self.held, min(num_accepted, len(commit.tokens)))
+
+    def metrics(self) -> DrafterMetrics:
+        size = max(len(self.fell), len(self.held)) + 1
+        fell, held = ([*counts, *[0] * (size - len(counts))] for counts in (self.fell, self.held))
+        # Of these, at least a tokens stood.
+        stood = list(accumulate(map(add, reversed(fell), reversed(held))))[::-1]
+        tried = [each + more for each, more in zip(stood[1:], fell, strict=False)]
+        depth = len(tried) - tried[::-1].count(0)  # they fall from each position to the next
+        return DrafterMetrics(
+            num_drafts=self.num_drafts,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            tried=tuple(tried[:depth]),
+            stood=tuple(stood[1 : depth + 1]),
+        )
 
 
 @dataclass(eq=False)
@@ -25,24 +75,22 @@ class Told:
     text: Detokenizer | None
     screen: Screen | None = None
     num_steps: int = 0
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
     num_relaxed_tokens: int = 0
     num_tokens: int = 0
     histogram: list[int] = field(default_factory=list)
+    by_drafter: dict[str, Fared] = field(default_factory=dict)
 
     def count(self, commit: Commit) -> None:
         self.num_steps += 1
         self.num_tokens += len(commit.tokens)
         if commit.num_drafted:
-            self.num_drafts += 1
-            self.num_draft_tokens += commit.num_drafted
-            self.num_accepted_tokens += commit.num_accepted
             self.num_relaxed_tokens += commit.num_relaxed
-            missing = commit.num_accepted + 1 - len(self.histogram)
-            self.histogram += [0] * missing
-            self.histogram[commit.num_accepted] += 1
+            _add(self.histogram, commit.num_accepted)
+            source = commit.tree.source or commit.seq.speculation.drafter
+            fared = self.by_drafter.get(source)
+            if fared is None:
+                fared = self.by_drafter[source] = Fared()
+            fared.count(commit)
 
 
 class Streamer:
@@ -133,16 +181,19 @@ class Streamer:
         return event
 
     def _metrics(self, seq: Sequence, told: Told) -> RequestMetrics:
+        by_drafter = {name: fared.metrics() for name, fared in told.by_drafter.items()}
+        total = sum(by_drafter.values(), DrafterMetrics())
         return RequestMetrics(
             num_prompt_tokens=seq.num_prompt,
             num_cached_tokens=seq.num_prefix_hits,
             num_generated_tokens=seq.num_generated,
             num_steps=told.num_steps,
-            num_drafts=told.num_drafts,
-            num_draft_tokens=told.num_draft_tokens,
-            num_accepted_tokens=told.num_accepted_tokens,
+            num_drafts=total.num_drafts,
+            num_draft_tokens=total.num_draft_tokens,
+            num_accepted_tokens=total.num_accepted_tokens,
             num_relaxed_tokens=told.num_relaxed_tokens,
             accepted_histogram=tuple(told.histogram),
+            by_drafter=by_drafter,
             drafter=seq.speculation.drafter,
             verifier=seq.speculation.verifier,
             exactness=self._exactness(seq.speculation.verifier),
@@ -181,6 +232,22 @@ def _context(tokenizer: Decoder, prompt: list[int]) -> tuple[int, ...]:
     tails = [prompt[-size:] for size in range(NUM_CONTEXT_TOKENS, NUM_CONTEXT_TOKENS + 4)]
     whole = (tail for tail in tails if not tokenizer.decode(tail).startswith("\ufffd"))
     return tuple(next(whole, tails[0]))
+
+
+def _add(counts: list[int], entry: int) -> None:
+    """One more of an entry that may be new."""
+    counts += [0] * (entry + 1 - len(counts))
+    counts[entry] += 1
+
+
+def _depth(tree: DraftTree) -> int:
+    """Tokens of the longest path."""
+    if tree.is_chain:
+        return len(tree)
+    depths: list[int] = []
+    for parent in tree.parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
 
 
 def _tree(commit: Commit) -> StepTree | None:

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from outrider.bench.calibration import calibrate
 from outrider.bench.calibration.calibrate import (
     VERIFIED,
     Calibration,
     Calibrator,
+    EveryStep,
     key_of,
     lines,
     with_depth,
@@ -17,9 +20,12 @@ from outrider.bench.calibration.prediction import Load
 from outrider.bench.inprocess import InProcess
 from outrider.bench.provenance import machine_fingerprint
 from outrider.bench.target import Arm, Question
+from outrider.control.base import PLAIN, Facts, Step, StepTimes
+from outrider.control.learning import WARM_UP
 from outrider.engine.llm import LLM
 from outrider.errors import ConfigError
-from outrider.request import SpeculationParams
+from outrider.request import SamplingParams, SpeculationParams
+from outrider.step import Batch, Commit, DraftTree, Row
 from tests.engine.tiny_checkpoint import write_checkpoint
 
 ROWS, CONTEXTS = (1, 2, 4), (16, 32)
@@ -116,8 +122,48 @@ def test_another_machine_or_model_is_refused(target, found) -> None:
     mine = replace(found, machine=machine_fingerprint())
     mine.check(target.llm.engine)
     for name in ("machine", "model"):
-        with pytest.raises(ConfigError, match=f"another {name} .*calibrate here"):
+        with pytest.raises(ConfigError, match=f"another {name}.* calibrate here"):
             replace(mine, **{name: "else"}).check(target.llm.engine)
+
+
+def test_threads_that_change_while_passes_are_timed_are_told(target, monkeypatch) -> None:
+    told = iter(("before", "after"))
+    monkeypatch.setattr(calibrate, "machine_fingerprint", lambda: next(told))
+    with pytest.raises(ConfigError, match="threads was changed while passes were timed"):
+        Calibrator(target).run([], [], rows=(1,), contexts=(16,), budget_s=0.0)
+
+
+def test_the_machine_is_the_one_at_the_first_pass(target, monkeypatch) -> None:
+    """Other tests of a process may change its threads behind a calibration: that is no matter."""
+    monkeypatch.setattr(calibrate, "machine_fingerprint", lambda: "as it was")
+    found = Calibrator(target).run([], [], rows=(1,), contexts=(16,), budget_s=0.0)
+    assert found.machine == "as it was"
+    monkeypatch.setattr(calibrate, "machine_fingerprint", lambda: "as it is now")
+    with pytest.raises(ConfigError, match=r"another machine, or another number of threads"):
+        found.check_machine()
+
+
+def test_how_often_answers_end_is_counted(found, target) -> None:
+    assert 0.0 <= found.end_rate(0.0) < 1.0
+    assert found.end_rate(0.7) == 0.0, "nothing was answered at that temperature"
+    back = Calibration.from_json(json.loads(json.dumps(found.to_json())))
+    assert back.end_rates == found.end_rates
+
+
+def test_the_times_of_every_step_are_learned_from() -> None:
+    """Long after the steps that the adaptive policy warms up on."""
+    learner = EveryStep(Facts())
+    tree = DraftTree.chain((), "x")
+    seq = SimpleNamespace(request=SimpleNamespace(sampling=SamplingParams()), tokens=[1, 2, 3])
+    for _ in range(3 * WARM_UP):
+        step = Step(
+            Batch([Row(seq, 1, 0)], []),
+            [PLAIN],
+            [Commit(seq=seq, tree=tree, tokens=(1,))],
+            StepTimes(0.0, 1e-3, 1e-4),
+        )
+        learner.observe(step)
+    assert learner.cost.passes.num_timings == 3 * WARM_UP
 
 
 def test_shapes_without_room_are_left_out(target) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from outrider.bench.calibration.calibrate import EveryStep
 from outrider.bench.calibration.prediction import (
     ACCEPTANCE,
     BATCH,
@@ -18,9 +19,8 @@ from outrider.bench.calibration.prediction import (
 from outrider.bench.calibration.steps import Totals
 from outrider.control.acceptance import Forecast
 from outrider.control.base import Facts
-from outrider.control.cost import CostModel, DraftCounts
+from outrider.control.cost import CostModel, DraftCounts, PassCounts
 from outrider.control.fixed import FixedPolicy, OffPolicy
-from outrider.control.learning import Lessons
 from outrider.control.linear_cost import LinearCost
 from outrider.testing.simulate import Machine, Terms, simulate
 
@@ -45,7 +45,7 @@ def predictor(*, draft_s: float = 1e-4, rest_s: float = 2e-5, host_s: float = 3e
             cost.observe_draft(
                 "model", DraftCounts(depth, batch, batch * depth, 0), draft_s * depth
             )
-        cost.rest.observe((1.0, batch, 0), rest_s)
+        cost.rest.observe(PassCounts(batch, 0, 0, batch, 0).rest, rest_s)
         host.observe((1.0, batch), host_s)
     return Predictor(cost, host)
 
@@ -171,11 +171,10 @@ def test_break_even_is_where_a_run_has_it() -> None:
 
 
 def _learned(machine: Machine, batches: tuple[int, ...]) -> Predictor:
-    lessons = Lessons(Facts(clock=lambda: 0.0))
+    lessons = EveryStep(Facts())
 
     class Learning(FixedPolicy):
         def observe(self, step) -> None:
-            lessons.step = 0
             lessons.observe(step)
 
     class Plain(OffPolicy, Learning):

@@ -1,11 +1,13 @@
 """One clear answer: yes, no or not decided, from cells whose truth is known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from outrider.bench.calibration.prediction import Predicted, Residual
 from outrider.bench.sweep.advise import advise, candidates, measured_pairs, table
-from outrider.bench.sweep.grid import SweepPlan
+from outrider.bench.sweep.grid import Cell, SweepPlan
 from outrider.bench.sweep.run import Sweep
 from outrider.bench.target import Arm
 from outrider.request import SpeculationParams
@@ -104,6 +106,24 @@ def test_what_goes_into_the_result_is_json() -> None:
         "ngram: the adaptive policy, 1 at once",
         "ngram: the adaptive policy, 4 at once",
     ]
+
+
+def test_predictions_that_stand_alone_come_with_what_others_were_off_by() -> None:
+    (measured,) = found({(4, 1): 2.0}, concurrencies=(1,))
+    guess = Predicted(2.5, 1.0, 1.0, (0.0, 0.0, 0.0, 0.0), 1.0)
+    cells = tuple(
+        replace(cell, predicted=guess, residual=Residual(-0.2, "draft", {}))
+        for cell in measured.cells
+        if not cell.variant.is_adaptive
+    )
+    alone = replace(
+        measured,
+        method="suffix",
+        cells=(Cell(place=cells[0].place, variant=cells[0].variant, predicted=guess),),
+    )
+    both = advise([replace(measured, cells=cells), alone])
+    assert "may be off, as predictions were by 25 % here" in both.answer
+    assert "predictions" not in advise([replace(measured, cells=cells)]).answer
 
 
 def test_nothing_measured_is_no_answer() -> None:

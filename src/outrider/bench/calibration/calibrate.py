@@ -21,7 +21,7 @@ from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager, BlockTable
 from outrider.control.base import Facts, Step
 from outrider.control.cost import CostModel
-from outrider.control.learning import Lessons
+from outrider.control.learning import WARM_UP, Lessons
 from outrider.control.linear_cost import LinearCost
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
@@ -39,7 +39,7 @@ TOLD = 3  # times that the cost model is told of a shape: it takes a timing to b
 DRAFT_DEPTH = 8  # deepest draft whose acceptance is counted
 MAX_TOKENS = 48
 PARALLEL = 4  # requests together, where drafting is timed for several
-FORMAT = 1
+FORMAT = 2
 
 
 class Shape(NamedTuple):
@@ -59,6 +59,7 @@ class Calibration:
         points: decoding passes, a row per sequence. verify_points: passes with drafts.
         left_out: shapes for which there was no room.
         profiles: acceptance, by method and temperature; see `key_of`.
+        end_rates: chance of a token to end its answer, by temperature.
     """
 
     machine: str
@@ -69,6 +70,11 @@ class Calibration:
     verify_points: tuple[Point, ...] = ()
     left_out: tuple[Shape, ...] = ()
     profiles: Mapping[str, Profile] = field(default_factory=dict)
+    end_rates: Mapping[str, float] = field(default_factory=dict)
+
+    def end_rate(self, temperature: float) -> float:
+        """0 where no answer was seen to end."""
+        return self.end_rates.get(f"{temperature:g}", 0.0)
 
     def profile(self, method: str, temperature: float) -> Profile | None:
         return self.profiles.get(key_of(method, temperature))
@@ -86,6 +92,7 @@ class Calibration:
             "cost": self.predictor.cost.to_json(),
             "host": self.predictor.host.to_json(),
             "profiles": {key: profile.to_json() for key, profile in self.profiles.items()},
+            "end_rates": dict(self.end_rates),
         }
 
     @classmethod
@@ -108,6 +115,7 @@ class Calibration:
                 verify_points=tuple(Point(**point) for point in held["verify_points"]),
                 left_out=tuple(Shape(**shape) for shape in held["left_out"]),
                 profiles={k: Profile.from_json(p) for k, p in held["profiles"].items()},
+                end_rates={k: float(rate) for k, rate in held["end_rates"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
@@ -116,13 +124,19 @@ class Calibration:
 
     def check(self, engine: Engine) -> None:
         """ConfigError unless it is of this machine and model."""
-        here = (machine_fingerprint(), engine.spec.fingerprint)
-        names = ("machine", "model")
-        for name, mine, its in zip(names, (self.machine, self.model), here, strict=True):
-            if mine != its:
-                raise ConfigError(
-                    f"the calibration is of another {name} ({mine}, this is {its}): calibrate here"
-                )
+        self.check_machine()
+        _compare("model", self.model, engine.spec.fingerprint)
+
+    def check_machine(self) -> None:
+        """ConfigError unless it is of this machine, with as many threads."""
+        _compare("machine, or another number of threads", self.machine, machine_fingerprint())
+
+
+def _compare(name: str, mine: str, its: str) -> None:
+    if mine != its:
+        raise ConfigError(
+            f"the calibration is of another {name} ({mine}, this is {its}): calibrate here"
+        )
 
 
 def key_of(method: str, temperature: float) -> str:
@@ -151,6 +165,7 @@ class Calibrator:
         self._seed, self._clock, self._tick = seed, clock, tick
         self._learner = _Learner(self._engine, clock)
         self._profiles: dict[str, Profile] = {}
+        self._ends: dict[str, tuple[int, int]] = {}  # answers that ended by themselves, tokens
 
     def run(
         self,
@@ -170,6 +185,7 @@ class Calibrator:
             questions: any; enough to fill some seconds.
             budget_s: half of it for passes; drafters share the other half.
         """
+        machine = machine_fingerprint()
         timed, left_out = self._passes(rows, contexts, budget_s / 2)
         decoding = tuple(point for point in timed if point.rows_each == 1)
         verifying = tuple(point for point in timed if point.rows_each == VERIFIED)
@@ -178,8 +194,13 @@ class Calibrator:
             self._tick(0.5 + 0.5 * number / len(runs), arm.name if arm else "plain decoding")
             self._answer(arm, temperature, questions, budget_s / 2 / len(runs))
         shapes = (*decoding, *verifying)
+        if machine_fingerprint() != machine:
+            raise ConfigError(
+                "the number of threads was changed while passes were timed: set it before "
+                "(OMP_NUM_THREADS) and calibrate again"
+            )
         return Calibration(
-            machine=machine_fingerprint(),
+            machine=machine,
             model=self._engine.spec.fingerprint,
             predictor=Predictor(self._learner.cost, self._learner.host),
             roofline=roofline.fit(shapes) if len(shapes) > 2 else None,
@@ -187,6 +208,7 @@ class Calibrator:
             verify_points=verifying,
             left_out=tuple(left_out),
             profiles=self._profiles,
+            end_rates={key: ends / max(count, 1) for key, (ends, count) in self._ends.items()},
         )
 
     def _passes(
@@ -261,9 +283,32 @@ class Calibrator:
         error = next((reply.error for reply in replies if reply.error), "")
         if error:
             raise ConfigError(f"{arm.speculation} fails: {error}")
+        ends, count = self._ends.get(f"{temperature:g}", (0, 0))
+        self._ends[f"{temperature:g}"] = (
+            ends + sum(reply.finish_reason == "stop" for reply in replies),
+            count + sum(reply.num_tokens for reply in replies),
+        )
 
     def _drafter(self, speculation: SpeculationParams) -> str:
         return self._engine.resolve(speculation, SamplingParams()).drafter
+
+
+class EveryStep:
+    """Lessons that learn the times of every step: while timing, no time has to be spared."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._lessons = Lessons(facts)
+
+    @property
+    def cost(self) -> CostModel:
+        return self._lessons.cost
+
+    def observe(self, step: Step) -> None:
+        if self._lessons.step >= WARM_UP:  # later on some steps are left out
+            before, self._lessons = self._lessons, Lessons(self._facts)
+            self._lessons.cost, self._lessons.minds = before.cost, before.minds
+        self._lessons.observe(step)
 
 
 class _Learner(Watcher):
@@ -272,22 +317,21 @@ class _Learner(Watcher):
     name = "calibration"
 
     def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
-        self._lessons = Lessons(Facts(clock=clock, context_price=_context_price(engine)))
+        self._learner = EveryStep(Facts(clock=clock, context_price=_context_price(engine)))
         self._clock = clock
         self._ended_s: float | None = None
         self.host = LinearCost(HOST_SIZES)
 
     @property
     def cost(self) -> CostModel:
-        return self._lessons.cost
+        return self._learner.cost
 
     def note_pass(self, point: Point) -> None:
         self.cost.passes.observe(point.num_rows, point.num_read, point.num_visits, point.seconds)
 
     def observe(self, step: Step) -> None:
         now_s = self._clock()
-        self._lessons.step = 0  # there is no time to spare: every step is learned from
-        self._lessons.observe(step)
+        self._learner.observe(step)
         is_next = all(row.num_tokens == 1 for row in step.batch.rows)
         if self._ended_s is not None and step.times is not None and is_next:
             between_s = max(now_s - self._ended_s - step.times.total, 0.0)

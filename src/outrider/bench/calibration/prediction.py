@@ -3,12 +3,15 @@
     S(K, B) = tokens(K) * t(B) / (t(B + B n(K)) + t_draft(K, B) + t_host)
 
 The same expectation that the adaptive policy decides by (`control.allocation.evaluate`), with what
-it leaves out: the host's time between steps, and prompts where they are part of what is timed.
+it leaves out: the host's time between steps, and, where a block of requests is named, its course:
+prompts, the drafter's reading of them, and steps with fewer requests in flight (`Course`).
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
+from outrider.bench.calibration.course import Block, Course, play
 from outrider.bench.calibration.steps import Totals
 from outrider.control.acceptance import Forecast
 from outrider.control.allocation import Ladder, evaluate
@@ -52,7 +55,9 @@ class Load(NamedTuple):
         batch: sequences that decode together. context: tokens each of them has in the KV cache.
         is_drawn: whether tokens are drawn, so that each needs a law.
         num_prompt: prompt tokens of each, if they are part of what is timed; else 0.
-        num_tokens: of an answer.
+        num_tokens: of an answer, at most.
+        num_requests: of a block, `batch` of them at a time; 0 has `batch` in flight all the time.
+        end_rate: chance of each token to end its answer before that.
     """
 
     batch: int
@@ -60,15 +65,19 @@ class Load(NamedTuple):
     is_drawn: bool
     num_prompt: int = 0
     num_tokens: int = 64
+    num_requests: int = 0
+    end_rate: float = 0.0
 
 
 class Predicted(NamedTuple):
     """A speed-up, and where it comes from.
 
     Attributes:
-        needed: tokens per pass at which it would be 1. tokens: those that are expected.
+        needed: tokens per pass at which it would be 1, with all requests in flight. tokens: those
+            that are expected.
         parts: seconds of a step by `PARTS`. plain_s: of one without drafts.
         prompts: of one answer's seconds per token, without drafts, those of its prompt.
+        decoding: seconds per token beside plain decoding's, in steps that read no prompt.
     """
 
     speedup: float
@@ -77,6 +86,7 @@ class Predicted(NamedTuple):
     parts: tuple[float, float, float, float]
     plain_s: float
     prompts: float = 0.0
+    decoding: float = 1.0
 
 
 class Predictor(NamedTuple):
@@ -100,14 +110,41 @@ class Predictor(NamedTuple):
         nodes = batch * profile.nodes_per_depth * sum(profile.forecast.reached[:depth])
         draft_s = self.cost.draft(profile.drafter, DraftCounts(depth, batch, round(nodes), 0))
         laws = batch + nodes if load.is_drawn else 0.0
-        rest_s = self.cost.rest.predict((1.0, batch, laws))
+        rest_s = self.cost.rest.predict((1.0, batch, laws, nodes))
         parts = (draft_s, drafted.seconds - draft_s - rest_s, rest_s, between)
         plain_s = plain.seconds + between
         tokens = drafted.tokens / batch
         needed = (drafted.seconds + between) / plain_s
         prompts = self._prompt_s(load) / (load.num_tokens * plain_s / batch)
-        inverse = (needed / tokens + prompts) / (1.0 + prompts)
-        return Predicted(1.0 / inverse, needed, tokens, parts, plain_s, prompts)
+        decoding = needed / tokens
+        speedup = (1.0 + prompts) / (decoding + prompts)
+        if load.num_requests:
+            speedup, decoding, _ = self._course(profile, depth, load)
+        return Predicted(speedup, needed, tokens, parts, plain_s, prompts, decoding)
+
+    def _course(self, profile: Profile, depth: int, load: Load) -> Course:
+        """Of a block, to its end."""
+        block = Block(load.num_requests, load.batch, load.num_tokens, load.end_rate)
+        reading = max(self.cost.draft_cost(profile.drafter).prices[4], 0.0)  # per token of lag
+
+        @cache
+        def seconds(depth: int, num_in_flight: int, num_prompts: int) -> float:
+            at = load._replace(batch=num_in_flight)
+            ladder = Ladder(profile.forecast, profile.nodes_per_depth, 1.0, profile.drafter)
+            depths = [depth] * num_in_flight
+            step = evaluate([ladder] * num_in_flight, depths, num_in_flight, self._price(at))
+            nodes = num_in_flight * profile.nodes_per_depth * sum(profile.forecast.reached[:depth])
+            prompt_s = self._rows_s(num_in_flight + nodes, num_prompts * load.num_prompt)
+            if depth:
+                prompt_s += reading * num_prompts * load.num_prompt
+            return step.seconds + self.host.predict((1.0, num_in_flight)) + prompt_s
+
+        return play(
+            block,
+            profile.forecast.stands[:depth],
+            lambda num_in_flight, num_prompts: seconds(0, num_in_flight, num_prompts),
+            lambda num_in_flight, num_prompts: seconds(depth, num_in_flight, num_prompts),
+        )
 
     def plain_s(self, load: Load) -> float:
         """Seconds of a step without drafts."""
@@ -129,10 +166,14 @@ class Predictor(NamedTuple):
 
     def _prompt_s(self, load: Load) -> float:
         """What one prompt adds to the pass that reads it."""
-        if not load.num_prompt:
+        return self._rows_s(load.batch, load.num_prompt)
+
+    def _rows_s(self, num_rows: float, num_more: int) -> float:
+        """What further rows add to a pass."""
+        if not num_more:
             return 0.0
         passes = self.cost.passes
-        return passes.predict(load.batch + load.num_prompt) - passes.predict(load.batch)
+        return passes.predict(num_rows + num_more) - passes.predict(num_rows)
 
 
 class Residual(NamedTuple):
@@ -170,7 +211,7 @@ def explain(
     guesses = [part / (steps * plain_s) for part in seen.parts]
     faster = first.tokens / drafted.tokens_per_pass
     counted = _shares(drafted, plain)
-    decoding = first.needed / first.tokens
+    decoding = first.decoding
     terms = {BATCH: sum(guesses) - decoding, ACCEPTANCE: sum(guesses) * (faster - 1.0)}
     for name, guess, found in zip(PARTS, guesses, counted, strict=True):
         terms[name] = found - guess * faster

@@ -63,9 +63,14 @@ class Findings:
         """Whether every arm is what it says it is."""
         return all(arm.verdict in (LOSSLESS, ALIKE, LOSSY) for arm in self.arms)
 
+    @property
+    def fails(self) -> bool:
+        """Whether an arm is surely not what it says it is; one that is not decided is neither."""
+        return any(arm.verdict == NOT_LOSSLESS for arm in self.arms)
+
     def to_json(self) -> dict[str, Any]:
         """For `Result.findings`."""
-        return {"passes": self.passes, **plain(vars(self))}
+        return {"passes": self.passes, "fails": self.fails, **plain(vars(self))}
 
 
 def check_lossless(

@@ -88,7 +88,7 @@ class Advice:
     answer: str
 
     def to_json(self) -> dict[str, Any]:
-        ratio = self.cell.pair
+        pair = self.cell.pair
         return {
             "answer": self.answer,
             "pays": self.pays,
@@ -97,8 +97,9 @@ class Advice:
             "num_draft_tokens": self.cell.variant.k,
             "concurrency": self.cell.place.concurrency,
             "ratio": self.cell.ratio,
-            "interval": None if ratio is None else ratio.ratio.interval,
-            "verdict": None if ratio is None else ratio.verdict,
+            "interval": None if pair is None else pair.ratio.interval,
+            **({"interval_note": pair.interval_note} if pair and pair.interval_note else {}),
+            "verdict": None if pair is None else pair.verdict,
             "pays_up_to_concurrency": self.up_to,
             "break_even_concurrency": self.break_even,
             "ask_for": dict(self.settings),
@@ -163,7 +164,7 @@ def advise(found: Items[Candidate]) -> Advice:
         settings=_settings(chosen, best, pays),
         answer="",
     )
-    return replace(told, answer=" ".join(_sentences(told, best)))
+    return replace(told, answer=" ".join([*_sentences(told, best), *_trust(found)]))
 
 
 def table(found: Items[Candidate]) -> list[dict[str, Any]]:
@@ -176,6 +177,7 @@ def table(found: Items[Candidate]) -> list[dict[str, Any]]:
             "num_draft_tokens": cell.variant.k,
             "ratio": cell.ratio,
             "interval": cell.pair.ratio.interval if cell.pair else None,
+            "interval_note": cell.pair.interval_note if cell.pair else None,
             "verdict": _verdict(cell),
             "predicted": cell.predicted.speedup if cell.predicted else None,
             "tokens_per_pass": cell.tokens_per_pass,
@@ -216,11 +218,10 @@ def _settings(chosen: Candidate, best: Mapping[int, Cell], pays: str) -> dict[st
 def _sentences(told: Advice, best: Mapping[int, Cell]) -> Iterator[str]:
     cell, pair = told.cell, told.cell.pair
     assert pair is not None, "only measured cells are chosen"
-    low, high = pair.ratio.interval
     how = (
         f"{told.candidate.name} with {_asked(cell)} is {pair.ratio.ratio:.2f} times as fast as "
-        f"plain decoding at concurrency {cell.place.concurrency} (95 % interval {low:.2f} to "
-        f"{high:.2f})"
+        f"plain decoding at concurrency {cell.place.concurrency} (95 % interval "
+        f"{pair.interval_told})"
     )
     loads = list(best)
     if told.pays == YES:
@@ -239,7 +240,21 @@ def _sentences(told: Advice, best: Mapping[int, Cell]) -> Iterator[str]:
         yield f"Not decided: {how}."
         yield "Measure longer (--budget), with more prompts, or on a quieter machine."
     if pair.ratio.num_clusters < MIN_PROMPTS:
-        yield f"Only {pair.ratio.num_clusters} blocks were measured there: {MIN_PROMPTS} decide."
+        count = pair.ratio.num_clusters
+        blocks = "1 block was" if count == 1 else f"{count} blocks were"
+        yield f"Only {blocks} measured there: {MIN_PROMPTS} decide."
+
+
+def _trust(found: Items[Candidate]) -> Iterator[str]:
+    """How far predictions were off, where some stand alone and others beside a measurement."""
+    cells = [cell for one in found for cell in one.cells]
+    off = [abs(math.log1p(cell.residual.relative)) for cell in cells if cell.residual is not None]
+    is_guessed = any(
+        cell.predicted and not cell.ratio for one in found for cell in one.best.values()
+    )
+    if off and is_guessed:
+        error = 100 * math.expm1(math.sqrt(sum(each * each for each in off) / len(off)))
+        yield f"What is only predicted may be off, as predictions were by {error:.0f} % here."
 
 
 def _rank(cell: Cell) -> tuple[bool, float]:

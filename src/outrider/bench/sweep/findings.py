@@ -60,18 +60,47 @@ def sweet_spots(cells: Items[Cell]) -> list[dict[str, Any]]:
 
 
 def break_even(cells: Items[Cell]) -> list[dict[str, Any]]:
-    """Of each method and K, the concurrency at which nothing is gained any more."""
+    """Of each method and K, the concurrency at which nothing is gained any more.
+
+    A prediction comes with a range: where it would lie were all predictions off by `error`, the
+    root mean square of this method's residuals where any was measured. An end of None lies beyond
+    the loads that were planned.
+    """
     found = []
     for line, all_of in lines(cells).items():
         by_k: dict[int | None, list[Cell]] = {}
         for cell in all_of:
             by_k.setdefault(cell.variant.k, []).append(cell)
+        error, term = _error(all_of)
         for k, group in by_k.items():
             measured = [(c.place.concurrency, c.ratio) for c in group if c.ratio]
             guesses = [(c.place.concurrency, c.predicted.speedup) for c in group if c.predicted]
-            told = {"measured": _crossing(measured), "predicted": _crossing(guesses)}
+            ends = [
+                _crossing([(at, guess * factor) for at, guess in guesses])
+                for factor in (1.0 / (1.0 + error), 1.0 + error)
+            ]
+            told: dict[str, Any] = {
+                "measured": _crossing(measured),
+                "predicted": _crossing(guesses),
+            }
+            if guesses:
+                told |= {"predicted_from": ends[0], "predicted_to": ends[1]}
+                told |= {"error": error, "error_term": term}
             found.append({**line._asdict(), "num_draft_tokens": k, **told})
     return found
+
+
+def _error(cells: Iterable[Cell]) -> tuple[float, str | None]:
+    """How far predictions of these cells were off, and what explains the most of it.
+
+    What is usual where none was measured.
+    """
+    found = [cell.residual for cell in cells if cell.residual is not None]
+    if not found:
+        return MAX_RESIDUAL, None
+    squares = [math.log1p(residual.relative) ** 2 for residual in found]
+    worst = found[squares.index(max(squares))]
+    return math.expm1(math.sqrt(sum(squares) / len(squares))), worst.term
 
 
 def crossing(curve: Curve) -> float | None:
@@ -142,13 +171,41 @@ def summary(
         )
         own_k = [c for c in crossings if _is_of(c, line) and c["num_draft_tokens"] == _number(best)]
         for found in own_k:
-            told = [f"{found[key]:.0f} ({key})" for key in ("measured", "predicted") if found[key]]
-            if told:
-                yield f"With {_k(best)} it breaks even at about {' or '.join(told)} requests."
-    regrets = [point["regret"] for point in path if point["regret"] is not None]
-    if regrets:
-        most = 100 * max(0.0, *regrets)
-        yield f"The adaptive policy is at most {most:.1f} % behind the best fixed K of its load."
+            if told := _told_crossing(found):
+                yield f"With {_k(best)} it {told}."
+    behind = [point for point in path if point["regret"] is not None]
+    if behind:
+        worst = max(behind, key=lambda point: float(point["regret"]))
+        yield (
+            f"The adaptive policy is at most {100 * max(0.0, worst['regret']):.1f} % behind the "
+            f"best fixed K of its load{_told_regret(worst)}."
+        )
+
+
+def _told_crossing(found: Mapping[str, Any]) -> str:
+    """Where nothing is gained any more; a prediction never without how far it may be off."""
+    measured, predicted = found["measured"], found.get("predicted")
+    if predicted is None:
+        return f"breaks even at about {measured:.0f} requests" if measured else ""
+    low, high = found["predicted_from"], found["predicted_to"]
+    ends = (f"from {low:.0f}" if low else "", f"up to {high:.0f}" if high else "")
+    told = f"{predicted:.0f} was predicted" if measured else f"{predicted:.0f} requests"
+    told += f" ({' '.join(filter(None, ends)) or 'anywhere'}, as predictions "
+    if found["error_term"] is None:
+        told += f"may be {100 * found['error']:.0f} % off)"
+    else:
+        told += f"were {100 * found['error']:.0f} % off here, mostly by {found['error_term']})"
+    if measured:
+        return f"breaks even at about {measured:.0f} requests; {told}"
+    return f"should break even at about {told}; that was not measured"
+
+
+def _told_regret(point: Mapping[str, Any]) -> str:
+    ends = point["interval_to_best"]
+    if ends is None:
+        return ""
+    high, low = (100 * (1.0 - end) for end in ends)
+    return f" (95 % interval {low:.1f} to {high:.1f} %)"
 
 
 def _spot(group: Items[Cell]) -> dict[str, Any]:
@@ -159,6 +216,7 @@ def _spot(group: Items[Cell]) -> dict[str, Any]:
         "num_draft_tokens": best.variant.k,
         "speedup": best.speedup,
         "interval": None if best.pair is None else best.pair.ratio.interval,
+        "interval_note": None if best.pair is None else best.pair.interval_note,
         "verdict": None if best.pair is None else best.pair.verdict,
         "is_measured": bool(measured),
         "is_sure": best.pair is not None and best.pair.verdict == FASTER,
@@ -209,5 +267,5 @@ def _k(spot: Mapping[str, Any]) -> str:
 def _source(spot: Mapping[str, Any]) -> str:
     if not spot["is_measured"]:
         return "predicted"
-    low, high = spot["interval"]
-    return f"95 % interval {low:.2f} to {high:.2f}"
+    ends = spot["interval"]
+    return f"95 % interval {spot['interval_note'] or f'{ends[0]:.2f} to {ends[1]:.2f}'}"

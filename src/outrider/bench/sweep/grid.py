@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from outrider.bench.ab import check_prompts
 from outrider.bench.calibration.calibrate import with_depth
 from outrider.bench.calibration.prediction import Predicted, Residual
 from outrider.bench.calibration.steps import Totals
@@ -11,7 +12,6 @@ from outrider.bench.pairs import Pair
 from outrider.bench.result import content_hash
 from outrider.bench.statistics import EPS
 from outrider.bench.target import Arm, Question
-from outrider.errors import ConfigError
 from outrider.request import OFF, SpeculationParams
 
 DEPTHS = (1, 2, 4, 8)
@@ -47,12 +47,7 @@ class SweepPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        most = max(self.concurrencies)
-        if most > len(self.questions):
-            raise ConfigError(
-                f"concurrency {most} needs as many prompts, there are {len(self.questions)}: "
-                "give more prompts, or stay below"
-            )
+        check_prompts(len(self.questions), max(self.concurrencies))
 
     @property
     def loads(self) -> list["Place"]:
@@ -178,6 +173,7 @@ class Cell:
             "num_draft_tokens": self.variant.k,
             "ratio": self.ratio,
             "interval": None if pair is None else pair.ratio.interval,
+            "interval_note": None if pair is None else pair.interval_note,
             "verdict": None if pair is None else pair.verdict,
             "null_interval": None if pair is None else pair.null.interval,
             "num_blocks": None if pair is None else pair.ratio.num_blocks,

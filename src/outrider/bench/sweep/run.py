@@ -98,6 +98,9 @@ class Sweep:
             batch, names = held["batch"], held["arms"]
         else:
             batch, names = self._choose(place, cells, budget_s)
+        cells = [
+            replace(cell, predicted=self._predicted(place, cell.variant, batch)) for cell in cells
+        ]
         variants = (*self.plan.fixed(), *self.plan.adaptive())
         chosen = [variant for variant in variants if variant.arm.name in names]
         plan = self._ab_plan(place, chosen, batch, budget_s)
@@ -111,7 +114,8 @@ class Sweep:
         noise = pairs.null(measured) if measured.usable else None
         for at, variant in enumerate(chosen, start=1):
             cell = by_name.pop(variant.arm.name, Cell(place=place, variant=variant))
-            yield self._filled(cell, measured, at, steps, best, noise)
+            filled = self._filled(cell, measured, at, steps, best, noise)
+            yield replace(filled, residual=self._residual(filled, batch))
         yield from by_name.values()
 
     def _choose(self, place: Place, cells: Items[Cell], budget_s: float) -> tuple[int, list[str]]:
@@ -120,8 +124,7 @@ class Sweep:
         names = _by_interest(cells, place.concurrency in (least, most))
         adaptive = [variant.arm.name for variant in self.plan.adaptive()]
         at_once, room = place.concurrency, 0
-        whole = ab.BATCHES_IN_FLIGHT * at_once if at_once > 1 else 1
-        for batch in dict.fromkeys((min(whole, len(self.plan.questions)), at_once)):
+        for batch in dict.fromkeys((self._whole_block(at_once), at_once)):
             run_s = batch * self._answer_s(place)
             runs = budget_s / (MIN_BLOCKS + WARM_UP_BLOCKS) / run_s if run_s else math.inf
             room = int(min(runs / 2, len(names) + len(adaptive) + 2)) - 2  # the base, and again
@@ -204,9 +207,9 @@ class Sweep:
         if cell.variant.is_adaptive and cell.variant.method in best:
             to_best = pairs.pair(measured, best[cell.variant.method], at, noise)
             found = replace(found, to_best=to_best)
-        return replace(found, residual=self._residual(found))
+        return found
 
-    def _residual(self, cell: Cell) -> Residual | None:
+    def _residual(self, cell: Cell, block: int) -> Residual | None:
         if cell.predicted is None or not (cell.ratio and cell.steps and cell.plain_steps):
             return None
         assert self.calibration is not None, "it predicted this"
@@ -218,30 +221,41 @@ class Sweep:
             self.calibration.predictor,
             profile,
             variant.k,
-            self._load(place),
+            self._load(place, block),
             cell.ratio,
             cell.plain_steps,
             cell.steps,
         )
 
-    def _predicted(self, place: Place, variant: Variant) -> Predicted | None:
+    def _predicted(
+        self, place: Place, variant: Variant, block: int | None = None
+    ) -> Predicted | None:
+        """`block`: prompts of one; None is as many as it may have."""
         if self.calibration is None or variant.k is None:
             return None
         profile = self.calibration.profile(variant.method, place.temperature)
         if profile is None or len(profile.forecast.stands) < variant.k:
             return None
-        return self.calibration.predictor.predict(profile, variant.k, self._load(place))
+        return self.calibration.predictor.predict(profile, variant.k, self._load(place, block))
 
-    def _load(self, place: Place) -> Load:
+    def _load(self, place: Place, block: int | None = None) -> Load:
         """At concurrency 1 the time per token after the first is measured: prompts are no part."""
         num_prompt = place.context or self._mean_prompt
+        prices = None if self.plan.ignore_eos else self.calibration
         return Load(
             batch=place.concurrency,
             context=num_prompt + self.plan.max_tokens // 2,
             is_drawn=place.temperature > 0.0,
             num_prompt=num_prompt if place.concurrency > 1 else 0,
             num_tokens=self.plan.max_tokens,
+            num_requests=block or self._whole_block(place.concurrency),
+            end_rate=0.0 if prices is None else prices.end_rate(place.temperature),
         )
+
+    def _whole_block(self, concurrency: int) -> int:
+        """Prompts of a block, where there is time enough."""
+        whole = ab.BATCHES_IN_FLIGHT * concurrency if concurrency > 1 else 1
+        return min(whole, len(self.plan.questions))
 
     @cached_property
     def _mean_prompt(self) -> int:

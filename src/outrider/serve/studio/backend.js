@@ -104,10 +104,11 @@ function turn({ role, text, begin, end, ...more }) {
 
 /** "14 tokens, 2.00 tokens per draft, exact" */
 function noteOf({ usage, metrics, outrider }) {
-  const length = metrics?.speculative_decoding?.mean_acceptance_length;
+  const { mean_acceptance_length: length, policy } = metrics?.speculative_decoding ?? {};
   return [
     usage && plural(usage.output_tokens, "token"),
     length && `acceptance length ${length.toFixed(2)}`,
+    policy && `policy ${policy}`,
     outrider?.exactness?.mode,
   ]
     .filter(Boolean)

@@ -249,6 +249,12 @@ function known(kept, told) {
   return is_same ? { ...kept, ...told, note: kept.note } : told;
 }
 
+/** "policy adaptive", where something could be drafted. */
+function policyOf({ metrics }) {
+  const policy = metrics?.speculative_decoding?.policy;
+  return policy && `policy ${policy}`;
+}
+
 function nearEnd() {
   const page = document.scrollingElement;
   return page.scrollHeight - page.scrollTop - page.clientHeight < 160;
@@ -271,6 +277,7 @@ export function note(reader, times_ms) {
     span_ms > MIN_SPAN_MS && `${Math.round((1000 * num_tokens) / span_ms)} tokens/s`,
     reader.session?.kv_hit_tokens > 0 &&
       `${plural(reader.session.kv_hit_tokens, "KV token")} reused`,
+    policyOf(reader),
     exactness,
   ]
     .filter(Boolean)

@@ -46,11 +46,17 @@ function open(about) {
   const backend = choose(about);
   const store = new Store();
   const settings = new Settings(about, () => race.describe());
-  const race = new Race(about, settings, drawSteps);
+  const why = new Why(about);
+  const stepped = (reader, times) => {
+    drawSteps(reader, times);
+    settings.showInForce(reader);
+    why.showPolicy(reader);
+  };
+  const race = new Race(about, settings, stepped);
   const hooks = {
-    stepped: drawSteps,
+    stepped,
     ended: (reader, times) => {
-      drawSteps(reader, times);
+      stepped(reader, times);
       if (!reader.steps.some((step) => step.tokens)) drawSummary(reader);
     },
     changed: () => list.refresh().catch((error) => said(error.message, true)),
@@ -66,7 +72,6 @@ function open(about) {
   race.describe();
   drawSteps({ steps: [] }, []);
   conversation.open(null);
-  const why = new Why(about);
   const refresh = () => {
     poll();
     why.refresh();

@@ -37,8 +37,8 @@ const ENDS = ["response.completed", "response.incomplete", "response.failed", "r
  * One answer as it arrives, from either dialect.
  *
  * committed: text that is final; it only grows.   tail: what is expected to follow, or "".
- * steps: {text, tokens, accepted, num_drafted, source, tree?} of each commit; tokens is null where
- * the server says no more than the text.
+ * steps: {text, tokens, accepted, num_drafted, source, without_text?, tree?} of each commit; tokens
+ * is null where the server says no more than the text.
  */
 export class Reader {
   committed = "";
@@ -150,6 +150,11 @@ export function kinds(step) {
     if (!step.num_drafted) return "plain";
     return stoodWhole(step) ? "bonus" : "corrected";
   });
+}
+
+/** One token of a step as it reads alone: what has no text in the stream has a name, or bytes. */
+export function alone(step, i) {
+  return step.tokens[i] || (step.without_text?.[i] ?? "");
 }
 
 function stoodWhole(step) {

@@ -35,9 +35,9 @@ export class Race {
   async run() {
     if (this.#running) return;
     const asked = this.#asked();
-    if (asked.speculation?.method === "off") {
+    if (asked.speculation?.method === "off" || asked.speculation?.policy === "off") {
       return tell(
-        "Choose a method other than “off” under Speculation, or there is nothing to race.",
+        "Choose a method and a policy other than “off” under Speculation, or there is nothing to race.",
       );
     }
     this.#running = new AbortController();

@@ -8,10 +8,12 @@ export class Settings {
     this.about = about;
     this.form = byId("settings");
     this.#fillMethods();
+    this.#fillPolicies();
     this.#fillRules();
     this.form.addEventListener("change", (event) => {
       if (event.target.id === "method") this.#methodChanged();
       if (event.target.id === "rule") this.#ruleChanged();
+      if (["policy", "draft-tokens", "width"].includes(event.target.id)) this.#policyChanged();
       sayActive(this.read());
       changed();
     });
@@ -33,12 +35,21 @@ export class Settings {
     };
   }
 
-  /** One line for people: "suffix, K 8, rule sampled". */
+  /** Says who decided how far to draft in the answer that has just ended. */
+  showInForce({ metrics }) {
+    const told = metrics?.speculative_decoding;
+    if (told?.policy === undefined) return;
+    const policy = told.policy ?? "off, nothing could be drafted";
+    byId("policy-in-force").textContent = `In force in the last answer: ${policy}.`;
+  }
+
+  /** One line for people: "suffix, policy fixed, K 8, rule sampled". */
   describe() {
     const { speculation } = this.read();
     if (speculation?.method === "off") return "off";
     const method = speculation?.method ?? this.about.defaults.method;
     const given = [
+      speculation?.policy && `policy ${speculation.policy}`,
       speculation?.num_draft_tokens != null && `K ${speculation.num_draft_tokens}`,
       speculation?.width != null && `width ${speculation.width}`,
       speculation?.verifier && `rule ${speculation.verifier}`,
@@ -53,6 +64,9 @@ export class Settings {
     const k = number("draft-tokens");
     const width = number("width");
     if (method !== "off") {
+      const policy = byId("policy");
+      if (policy.value && !policy.disabled) found.policy = policy.value;
+      add(found, "policy_options", options("policy"));
       if (k !== null) found.num_draft_tokens = k;
       if (width !== null) found.width = width;
       if (byId("sample-method").value) found.draft_sample_method = byId("sample-method").value;
@@ -81,8 +95,19 @@ export class Settings {
       }),
     );
     byId("method").replaceChildren(
-      make("option", { value: "", textContent: `engine's default (${usual})` }),
+      make("option", { value: "", textContent: `${usual} (default)` }),
       make("option", { value: "off", textContent: "off: plain decoding" }),
+      ...choices,
+    );
+  }
+
+  #fillPolicies() {
+    const choices = this.about.policies.map(({ name }) =>
+      make("option", { value: name, textContent: name }),
+    );
+    const usual = this.about.defaults.policy;
+    byId("policy").replaceChildren(
+      make("option", { value: "", textContent: `${usual} (default)` }),
       ...choices,
     );
   }
@@ -100,7 +125,7 @@ export class Settings {
         }),
       );
     byId("rule").replaceChildren(
-      make("option", { value: "", textContent: `default (${usual})` }),
+      make("option", { value: "", textContent: `${usual} (default)` }),
       ...choices,
     );
     byId("rule").value = kept;
@@ -109,8 +134,9 @@ export class Settings {
   #methodChanged() {
     const method = this.#method();
     const is_off = byId("method").value === "off" || !method;
-    for (const id of ["draft-tokens", "width", "sample-method"]) byId(id).disabled = is_off;
-    byId("draft-tokens").placeholder = method ? usualK(method, this.about.defaults.policy) : "";
+    for (const id of ["policy", "draft-tokens", "width", "sample-method"]) {
+      byId(id).disabled = is_off;
+    }
     byId("draft-tokens").max = this.about.limits.num_draft_tokens;
     byId("width").placeholder = method ? `${method.width}` : "";
     byId("width").min = method?.min_width ?? 1;
@@ -127,7 +153,22 @@ export class Settings {
     this.#fillRules();
     fillOptions("drafter", is_off ? {} : method.options);
     byId("method-note").textContent = methodNote(is_off ? null : method);
+    this.#policyChanged();
     this.#ruleChanged();
+  }
+
+  #policyChanged() {
+    const method = this.#method();
+    const is_off = byId("method").value === "off" || !method;
+    const chosen = byId("policy").value;
+    const is_sized = number("draft-tokens") !== null || number("width") !== null;
+    const name = chosen || (is_sized ? "fixed" : this.about.defaults.policy);
+    const policy = this.about.policies.find((one) => one.name === name);
+    if (byId("policy-options").dataset.of !== name || is_off)
+      fillOptions("policy", is_off ? {} : (policy?.options ?? {}));
+    byId("policy-options").dataset.of = is_off ? "" : name;
+    byId("draft-tokens").placeholder = method ? usualK(method, name) : "";
+    byId("policy-note").textContent = is_off ? "" : policyNote(name, !chosen && is_sized);
   }
 
   #ruleChanged() {
@@ -180,6 +221,19 @@ const WARMTH = {
   R2: "hidden states of the target (R2)",
 };
 
+const DECIDES = {
+  adaptive: "drafts as far as pays now, up to K; nothing where nothing pays.",
+  fixed: "drafts K tokens in every step.",
+  off: "drafts nothing.",
+  table: "takes K from a table, by the number of sequences.",
+};
+
+/** "adaptive: drafts as far as pays now, ..." */
+function policyNote(name, is_by_size) {
+  const why = is_by_size ? " The default where a size is given." : "";
+  return `${name}: ${DECIDES[name] ?? "decides how far to draft."}${why}`;
+}
+
 const PROMISES = {
   exact: "Exact: the law of the text is the target's, whatever is drafted.",
   "exact-greedy": "Exact at temperature 0: token for token what greedy decoding gives.",
@@ -192,7 +246,9 @@ function ruleNote(rule) {
   return `${PROMISES[rule.exactness] ?? ""}${rule.greedy_only ? " Temperature 0 only." : ""}`;
 }
 
-/** One field per option of a drafter or rule; an empty one keeps the default. */
+const OWNERS = { drafter: "method", policy: "policy", verifier: "rule" };
+
+/** One field per option of a drafter, policy or rule; an empty one keeps the default. */
 function fillOptions(kind, known) {
   const rows = Object.entries(known).map(([name, about]) => {
     const id = `${kind}-${name}`;
@@ -210,7 +266,7 @@ function fillOptions(kind, known) {
   byId(`${kind}-options`).replaceChildren(...rows);
   byId(`${kind}-options-box`).hidden = !rows.length;
   byId(`${kind}-options-title`).textContent =
-    `${plural(rows.length, "option")} of the ${kind === "drafter" ? "method" : "rule"}`;
+    `${plural(rows.length, "option")} of the ${OWNERS[kind]}`;
 }
 
 function optionField(id, name, about) {
@@ -258,5 +314,5 @@ function options(kind) {
 
 /** What stands for K where nothing is asked for: a number, or the name of who decides. */
 function usualK(method, policy) {
-  return policy && policy !== "fixed" ? policy : `${method.num_draft_tokens}`;
+  return policy !== "fixed" ? policy : `${method.num_draft_tokens}`;
 }

@@ -1,7 +1,7 @@
 // Text of an answer with its steps marked: drafted and accepted, corrected, bonus, plain, tail.
 
 import { byId, clip, make, plural, visible } from "./dom.js";
-import { depth, kinds } from "./protocol.js";
+import { alone, depth, kinds } from "./protocol.js";
 import { drawTree } from "./tree.js";
 
 const WORDS = {
@@ -11,7 +11,7 @@ const WORDS = {
   plain: "not drafted",
 };
 
-const NO_TEXT = "; no text: a special token, or part of a character";
+const NO_TEXT = "; no text of its own: a special token, or part of a character";
 
 /** Shows one answer in `place` and keeps up with it; only what is new is drawn. */
 export class AnswerView {
@@ -189,7 +189,10 @@ function list(step) {
     make(
       "li",
       {},
-      make("code", { className: `tok ${kind[i]}`, textContent: clip(visible(text), 24) }),
+      make("code", {
+        className: `tok ${kind[i]}`,
+        textContent: clip(visible(alone(step, i)), 24),
+      }),
       ` ${WORDS[kind[i]]}${text ? "" : NO_TEXT}`,
     ),
   );

@@ -1,7 +1,7 @@
 // The draft tree of one step: accepted path thick, what fell dashed and struck.
 
 import { clip, draw, visible } from "./dom.js";
-import { kinds } from "./protocol.js";
+import { alone, kinds } from "./protocol.js";
 
 const COLUMN = 92;
 const ROW = 30;
@@ -33,8 +33,8 @@ export function drawTree(step) {
 
 /** Without a tree only the accepted part of the draft is known. */
 function chain(step) {
-  const tokens = step.tokens.slice(0, step.accepted);
-  const numbers = tokens.map((_, i) => i);
+  const numbers = step.tokens.slice(0, step.accepted).map((_, i) => i);
+  const tokens = numbers.map((i) => alone(step, i));
   return { tokens, parents: numbers.map((i) => i - 1), accepted: numbers };
 }
 
@@ -64,8 +64,8 @@ function layout({ tokens, parents, accepted }, num_taken) {
 
 /** The target's own token, after the accepted path. */
 function answer(step, tree, nodes) {
-  const text = step.tokens[step.accepted];
-  if (text === undefined) return null;
+  if (step.tokens.length <= step.accepted) return null;
+  const text = alone(step, step.accepted);
   const parent = tree.accepted.length ? tree.accepted.at(-1) : -1;
   const from = nodes[parent] ?? { row: 0, column: 0 };
   const taken = nodes.filter((node) => node.column === from.column + 1).map((node) => node.row);

@@ -16,16 +16,22 @@ const SILENT = {
 /** The panel; asks the server while it is open. */
 export class Why {
   #box = byId("why");
+  #policy = null; // in force in the last answer of this page
 
   constructor(about) {
     this.#box.hidden = !about.endpoints.includes(`GET ${PATH}`);
     this.#box.addEventListener("toggle", () => this.refresh());
   }
 
+  /** From now on it is about the policy that was in force in this answer. */
+  showPolicy({ metrics }) {
+    this.#policy = metrics?.speculative_decoding?.policy ?? this.#policy;
+  }
+
   async refresh() {
     if (this.#box.hidden || !this.#box.open) return;
     try {
-      paint(summary(await call("GET", PATH)));
+      paint(summary(await call("GET", PATH), this.#policy));
     } catch (error) {
       byId("why-line").textContent = `The server does not say: ${error.message}`;
     }
@@ -33,8 +39,8 @@ export class Why {
 }
 
 /** What is shown, from the server's report; null or [] where there is nothing to say. */
-export function summary(report) {
-  const name = shown(report);
+export function summary(report, policy = null) {
+  const name = report.policies[policy] ? policy : shown(report);
   const told = report.policies[name] ?? {};
   const plain = told.plain_tokens_per_s ?? null;
   const expected = told.expected_tokens_per_s ?? null;
