@@ -26,7 +26,7 @@ from outrider.bench import workloads
 from outrider.bench.provenance import provenance
 from outrider.bench.replay import Replayed, bootstrap, replay, without_model
 from outrider.bench.statistics import paired_ratio, verdict
-from outrider.cli.bench import to_json as replayed_to_json
+from outrider.cli.bench_replay import to_json as replayed_to_json
 from outrider.draft.base import Drafter, ModelParts, Surroundings
 from outrider.draft.datastore import Datastore
 from outrider.draft.drafters import Drafters

@@ -49,8 +49,9 @@ def test_the_prompt_comes_from_an_option_a_file_or_standard_input(call, model, l
 
 def test_json_holds_the_whole_answer(call, model, draft):
     result = call(
-        "generate", model, "--draft-model", draft, "--prompt", "def", "--json", "--n", 2, *SEEDED
-    )
+        "generate", model, "--draft-model", draft, "--speculation", '{"num_draft_tokens": 3}',
+        "--prompt", "def", "--json", "--n", 2, *SEEDED,
+    )  # fmt: skip
     assert result.stderr == ""
     answer = json.loads(result.stdout)
     assert set(answer) == {

@@ -346,3 +346,21 @@ def test_drafts_of_other_policies_do_not_shut_ours():
         plan = [RowPlan("m", 4, 1, 4)]
         policy.observe(Step(Batch([Row(seq, 1, 4)], []), plan, [commit], StepTimes(1.0, 1.0, 0.0)))
     assert policy.lessons.guard.num_shut == 0
+
+
+def test_confidence_is_asked_for_and_used_only_where_a_request_wants_it():
+    policy = warm_policy()
+    wants = {"speculation": {"policy_options": {"confidence": True}}}
+    rooms = rooms_of(policy, {}, wants)
+    feed(policy, rooms, 8, 7)
+    usual, asked = policy.plan(rooms, load_of(rooms))
+    assert usual.stop is None
+    assert asked.stop is not None
+    assert asked.stop.floor == 0.0, "nothing is known of it yet"
+    known = policy.lessons.confidence_of("m", rooms[1].seq.policy_state)
+    for _ in range(150):
+        known.observe_draft((0.9, 0.2), 1)
+    policy.lessons.step += 1
+    again = policy.plan(rooms, load_of(rooms))[1]
+    assert 0.0 < again.stop.floor < 1.0
+    assert again.stop.acceptance(0.9) > 0.5 > again.stop.acceptance(0.2, 2)

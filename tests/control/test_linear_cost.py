@@ -1,5 +1,6 @@
 """LinearCost: prices are told apart as far as the timings allow, and doubt is known."""
 
+import math
 import random
 
 import pytest
@@ -68,3 +69,26 @@ def test_saved_and_loaded_it_predicts_the_same():
     assert other.predict((1.0, 3, 2, 6, 10)) == cost.predict((1.0, 3, 2, 6, 10))
     with pytest.raises(ValueError, match="prices"):
         LinearCost((1.0,)).load(cost.to_json())
+
+
+def test_wild_timings_leave_it_sane():
+    """Rounding does not make it surer than sure, whatever it is told."""
+    rng, cost = random.Random(1), LinearCost((1.0, 0.3, 0.3, 0.1))
+    for _ in range(4000):
+        size = rng.choice([1, 2, 4, 8, 32, 300])
+        factor = 10 ** rng.uniform(-6, 1) if rng.random() < 0.05 else 1.0
+        seconds = max(0.0, 1e-5 * factor * (1 + size) * rng.gauss(1, 0.5))
+        cost.observe((1.0, size, rng.choice([0, size]), rng.choice([0, 3 * size])), seconds)
+        assert all(math.isfinite(price) and price >= 0.0 for price in cost.prices + cost.lowest())
+
+
+def test_prices_that_trade_with_each_other_still_tell_the_sum():
+    """After a hiccup one of call and depth would be negative; what they cost together is known."""
+    cost = LinearCost(SIZES)
+    for depth, seconds in ((2, 0.0012), (3, 0.0005), (8, 0.0054)):
+        cost.observe((1.0, depth, 4, 4 * depth, 0), seconds)
+    for _ in range(12):
+        cost.observe((1.0, 1, 1, 1, 0), 1.9e-4)
+    assert min(cost._prices) < 0.0
+    assert cost.predict((1.0, 1, 1, 1, 0)) == pytest.approx(1.9e-4, rel=0.5)
+    assert min(cost.prices) >= 0.0

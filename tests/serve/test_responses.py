@@ -927,3 +927,12 @@ async def test_a_lossy_answer_says_how_many_tokens_it_owes_to_that(client):
     assert 0 < made["relaxed_tokens"] <= counts["num_accepted_draft_tokens"]
     assert "session" in found["outrider"]
     assert "relaxed_tokens" not in (await post(client, BODY))["outrider"]["exactness"]
+
+
+async def test_padding_is_said_when_a_response_is_created_and_not_later(client):
+    made = await client.post("/v1/responses", json={"input": "def", "max_output_tokens": 2})
+    path = f"/v1/responses/{made.json()['id']}"
+    refused = await client.get(path, params={"stream": True, "include_obfuscation": True})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "include_obfuscation"
+    assert (await client.get(path)).status_code == 200

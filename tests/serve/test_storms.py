@@ -11,7 +11,7 @@ import pytest
 
 from outrider.serve.sse import Frame, event_stream
 from outrider.stream.outbox import FAIR_SHARE, Unread
-from tests.serve.streams import parse
+from tests.serve.streams import parse, patient
 from tests.serve.test_app import Socket, is_idle, until
 from tests.serve.test_process import Running
 
@@ -49,7 +49,7 @@ class Client(Socket):
     async def leave(self):
         self.gone.set()
         self.is_reading.set()
-        await asyncio.wait_for(asyncio.gather(self.task, return_exceptions=True), 20)
+        await patient(asyncio.gather(self.task, return_exceptions=True), 20)
 
 
 def completion(app, **fields):
@@ -84,9 +84,9 @@ async def test_readers_who_stall_hold_no_place(serve, number):
         each.start()
     healthy = completion(app).start()
     health = Client(app, "/health", {}, "GET").start()
-    await asyncio.wait_for(health.task, 2)
+    await patient(health.task, 2)
     assert health.status == 200
-    await asyncio.wait_for(healthy.task, 60)
+    await patient(healthy.task, 60)
     assert all(not each.sent for each in stalled)
     await until(lambda: not server.gate.num_running + server.gate.num_waiting)
     assert is_idle(server)
@@ -110,7 +110,7 @@ async def test_what_nobody_reads_is_bounded(serve, unread):
         each.is_reading.clear()
         each.start()
     healthy = completion(app, max_tokens=200).start()
-    await asyncio.wait_for(healthy.task, 30)
+    await patient(healthy.task, 30)
     await until(lambda: is_idle(server))
     assert len(text_of(healthy)) > 0
     assert unread.total <= 2 * FAIR_SHARE
@@ -190,7 +190,7 @@ async def come_and_go(client, rng, pause_s):
             await asyncio.sleep(0)
         await asyncio.sleep(rng.choice([0, 0, rng.random() * 0.2]))
         await client.leave()
-    await asyncio.wait_for(asyncio.gather(client.task, return_exceptions=True), 60)
+    await patient(asyncio.gather(client.task, return_exceptions=True), 60)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ async def test_a_connection_that_reads_slowly_is_not(llm, num_frames, num_bytes)
         with connect(running.client.base_url, window=1 << 18) as slow:
             total, start = 0, loop.time()
             while total < num_frames * num_bytes:
-                piece = await asyncio.wait_for(loop.sock_recv(slow, 1 << 17), 5)
+                piece = await patient(loop.sock_recv(slow, 1 << 17), 5)
                 assert piece, "cut off"
                 total += len(piece)
                 await asyncio.sleep(0.01)

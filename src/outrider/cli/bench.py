@@ -8,11 +8,9 @@ from outrider.cli.bench_calibrate import calibrate_command
 from outrider.cli.bench_cost import cost_command
 from outrider.cli.bench_load import load_command
 from outrider.cli.bench_lossless import lossless_command
-from outrider.cli.bench_replay import replay_command, to_json
+from outrider.cli.bench_replay import replay_command
 from outrider.cli.bench_report import report_command
 from outrider.cli.bench_sweep import sweep_command
-
-__all__ = ["app", "to_json"]
 
 app = typer.Typer(no_args_is_help=True, help="Measure what speculation is worth.")
 

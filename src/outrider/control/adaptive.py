@@ -36,7 +36,9 @@ class AdaptivePolicy:
 
     name = "adaptive"
     needs_clock = True
-    options: Mapping[str, Option] = {}
+    options: Mapping[str, Option] = {
+        "confidence": Option(False, "end a chain where the draft model is no longer sure of it")
+    }
     lessons: Lessons
     _decider: Decider
     _trials: Trials

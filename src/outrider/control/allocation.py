@@ -21,6 +21,7 @@ from outrider.control.acceptance import Forecast
 
 Floats: TypeAlias = NDArray[np.float64]
 MAX_CHECKED = 64  # prefixes that are held against the latency targets
+SURELY = 1.0 - 1e-12
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # that may be the deepest of a step
 
 
@@ -119,20 +120,21 @@ def alike(ladder: Ladder, num_rows: int, num_tokens: float, price: Price) -> Ite
     """What so many rows alike would bring, for every depth that all of them draft to."""
     costs = price.draft(ladder.drafter)
     call = costs.call + num_rows * (costs.row + ladder.entry)
-    nodes, tokens = 0.0, num_tokens
+    nodes, tokens, passes = 0.0, num_tokens, 0.0
     for depth, (reached, stands) in enumerate(zip(*ladder.forecast, strict=True), 1):
         if reached <= 0.0:
             return
         nodes += num_rows * ladder.num_nodes * reached
         tokens += num_rows * ladder.weight * stands
-        drafting = call + costs.depth * depth + costs.node * nodes
+        passes += 1.0 - (1.0 - reached) ** num_rows
+        drafting = call + costs.depth * passes + costs.node * nodes
         yield Chosen([depth] * num_rows, tokens, price.at(nodes) + drafting)
 
 
 def evaluate(ladders: Items[Ladder], depths: Items[int], num_tokens: float, price: Price) -> Chosen:
     """What given depths would bring."""
     nodes, tokens, entry = 0.0, num_tokens, 0.0
-    uses: dict[str, list[float]] = {}
+    uses: dict[str, _Use] = {}
     for ladder, depth in zip(ladders, depths, strict=True):
         depth = min(depth, len(ladder.forecast.stands))
         if not depth:
@@ -141,18 +143,39 @@ def evaluate(ladders: Items[Ladder], depths: Items[int], num_tokens: float, pric
         tokens += ladder.weight * sum(ladder.forecast.stands[:depth])
         nodes += own
         entry += ladder.entry
-        use = uses.setdefault(ladder.drafter, [0.0, 0.0, 0.0])
-        use[0], use[1], use[2] = max(use[0], depth), use[1] + 1, use[2] + own
+        uses.setdefault(ladder.drafter, _Use()).add(ladder.forecast.reached[:depth], own)
     seconds = price.at(nodes) + _drafting(uses, price) + entry
     return Chosen(list(depths), tokens, seconds)
 
 
-def _drafting(uses: Mapping[str, Items[float]], price: Price) -> float:
+def _drafting(uses: "Mapping[str, _Use]", price: Price) -> float:
     total = 0.0
-    for drafter, (depth, rows, nodes) in uses.items():
+    for drafter, use in uses.items():
         costs = price.draft(drafter)
-        total += costs.call + costs.depth * depth + costs.row * rows + costs.node * nodes
+        total += costs.call + costs.depth * use.num_passes
+        total += costs.row * use.num_rows + costs.node * use.num_nodes
     return total
+
+
+class _Use:
+    """What one drafter is asked for by several rows."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.num_nodes = 0.0
+        self._nobody: list[float] = []  # by depth, probability that no row comes so far
+
+    def add(self, reached: Items[float], num_nodes: float) -> None:
+        self.num_rows += 1
+        self.num_nodes += num_nodes
+        self._nobody += [1.0] * (len(reached) - len(self._nobody))
+        for index, comes in enumerate(reached):
+            self._nobody[index] *= 1.0 - comes
+
+    @property
+    def num_passes(self) -> float:
+        """One for each depth that some row comes to."""
+        return len(self._nobody) - sum(self._nobody)
 
 
 class _Rungs:
@@ -172,14 +195,15 @@ class _Rungs:
                 adds, value = size * reached, weight * forecast.stands[index]
                 lowest = min(lowest, value / adds)  # never before the rung below it
                 entry = ladder.entry if index == 0 else 0.0
-                rungs.append((-lowest, which, index + 1, adds, value, drafter, entry))
+                rungs.append((-lowest, which, index + 1, adds, value, drafter, entry, reached))
         rungs.sort()
-        table = np.array(rungs, dtype=np.float64).reshape(len(rungs), 7)
+        table = np.array(rungs, dtype=np.float64).reshape(len(rungs), 8)
         self.which_U = table[:, 1].astype(np.intp)
         self.depth_U = table[:, 2].astype(np.intp)
         self.nodes_U, self.value_U = table[:, 3], table[:, 4]
         self.drafter_U = table[:, 5].astype(np.intp)
         self.entry_U = table[:, 6]
+        self.reached_U = table[:, 7]
 
     def depths_to_try(self, price: Price) -> list[int]:
         """Several, where depth has a price of its own and rows might not agree on one."""
@@ -232,10 +256,23 @@ class _Rungs:
         for number, name in enumerate(self.drafters):
             own_CU = kept_CU & (self.drafter_U == number) if len(self.drafters) > 1 else kept_CU
             costs = price.draft(name)
-            deepest_CU = np.maximum.accumulate(own_CU * self.depth_U, axis=1)
             per_rung_U = first_U * costs.row + self.nodes_U * costs.node
-            total_CU += (deepest_CU > 0) * costs.call + deepest_CU * costs.depth
+            total_CU += np.logical_or.accumulate(own_CU, axis=1) * costs.call
             total_CU += np.cumsum(own_CU * per_rung_U, axis=1)
+            if costs.depth > 0.0:
+                total_CU += costs.depth * self._num_passes(own_CU)
+        return total_CU
+
+    def _num_passes(self, own_CU: NDArray[np.bool_]) -> Floats:
+        """Expected, for every prefix: one for each depth that some row comes to."""
+        if self.reached_U.min() > SURELY:
+            deepest_CU: Floats = np.maximum.accumulate(own_CU * self.depth_U, axis=1)
+            return deepest_CU
+        total_CU = np.zeros(own_CU.shape)
+        away_U = np.log1p(-np.minimum(self.reached_U, SURELY))
+        for depth in range(1, int(self.depth_U.max()) + 1):
+            is_here_CU = own_CU & (self.depth_U == depth)
+            total_CU += 1.0 - np.exp(np.cumsum(is_here_CU * away_U, axis=1))
         return total_CU
 
     def _depths(self, taken_U: NDArray[np.intp]) -> list[int]:

@@ -18,11 +18,15 @@ from outrider.control.cost import PassCounts, StepPrice
 from outrider.control.learning import CATCH_UP_STEPS, Lessons
 from outrider.control.minds import Mind
 from outrider.control.targets import misses_of
+from outrider.step import StopRule
 
 START_MARGIN = 1.05  # by which speculation must beat plain decoding before it begins
 CHANGE_MARGIN = 1.02  # by which a plan must beat the one in force
 DRAFTER_MARGIN = 1.05  # by which a drafter must beat a row's present one
 TRUST = 0.35  # standard deviations that a sequence not known yet is taken to be better
+FEW_OBSERVATIONS = 300  # of confidence
+USUAL_STAND = 0.7  # of a next token, where all before it stands
+HIGHEST_FLOOR = 0.8
 HOPELESS = 0.9  # of plain decoding's goodput
 LOWEST_WEIGHT = 0.125
 
@@ -85,16 +89,17 @@ class Decider:
         scene = Scene(rooms, minds, load, price, plain)
         self._background = load, price, plain
         if not thoroughly and self._looks_hopeless(scene):
-            self._adopt(minds, Thought(plain, plain, "drafts are far from paying for themselves"))
+            lost = Thought(plain, plain, "drafts are far from paying for themselves")
+            self._adopt(rooms, minds, lost)
         else:
             self._choose_drafters(scene)
-            self._adopt(minds, self._weigh(scene))
+            self._adopt(rooms, minds, self._weigh(scene))
         return scene
 
     def tune(self, rooms: Items[Room], minds: Items[Mind]) -> None:
         """Decides again at the prices of the last time, by what rows have seen since."""
         if self._background is not None:
-            self._adopt(minds, self._weigh(Scene(rooms, minds, *self._background)))
+            self._adopt(rooms, minds, self._weigh(Scene(rooms, minds, *self._background)))
 
     def receive(self, room: Room, mind: Mind, num_rooms: int) -> None:
         """Gives a row that has come the draft that is worth most at the present price of time."""
@@ -135,10 +140,28 @@ class Decider:
             hopeful=hopeful,
         )
 
-    def _adopt(self, minds: Items[Mind], thought: Thought) -> None:
+    def _adopt(self, rooms: Items[Room], minds: Items[Mind], thought: Thought) -> None:
         self.thought = thought
-        for mind, depth in zip(minds, thought.chosen.depths, strict=True):
+        num_drafting = sum(depth > 0 for depth in thought.chosen.depths)
+        for room, mind, depth in zip(rooms, minds, thought.chosen.depths, strict=True):
             mind.decide(depth)
+            mind.stop = self._stop(room, mind, num_drafting) if depth > 1 else None
+
+    def _stop(self, room: Room, mind: Mind, num_drafting: int) -> StopRule | None:
+        """Ends a chain where one token more is expected to bring less than its time is worth.
+
+        Until enough is known of a drafter's confidence, it is only asked for.
+        """
+        is_asked = room.seq.speculation.policy_options.get("confidence", False)
+        if not is_asked or self._background is None or self.thought is None:
+            return None
+        drafter = room.seq.speculation.candidates[mind.candidate].drafter
+        costs = self._background[1].draft(drafter)
+        known = self._lessons.confidence_of(drafter, mind)
+        if known.num_observations < FEW_OBSERVATIONS:
+            return known.rule(0.0)
+        seconds = costs.depth / num_drafting + costs.node + self._background[1].node_s
+        return known.rule(min(seconds * self.thought.chosen.goodput / USUAL_STAND, HIGHEST_FLOOR))
 
     def _weigh(self, scene: Scene) -> Thought:
         """Every row's draft, depth by depth, against its price."""

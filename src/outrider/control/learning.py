@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from outrider.control.base import Facts, Step, StepTimes
+from outrider.control.confidence import Calibration
 from outrider.control.cost import CostModel, DraftCounts, PassCounts
 from outrider.control.guard import Guard, Purse
-from outrider.control.minds import Minds
+from outrider.control.minds import Mind, Minds
 from outrider.control.schedule import Schedule
 from outrider.sequence import Sequence
 from outrider.step import Commit, RowPlan
@@ -47,6 +48,7 @@ class Lessons:
     def __init__(self, facts: Facts) -> None:
         self.minds = Minds()
         self.cost = CostModel(facts.context_price)
+        self.confidence: dict[tuple[str, str], Calibration] = {}
         self.guard = Guard()
         self.purse = Purse()
         self.step = 0
@@ -109,14 +111,22 @@ class Lessons:
         if found is not None:
             reached = num_drafted if part.width == 1 else part.depth
             found.observe(part.depth, reached, len(commit.accepted), self.step)
+        if part.stop is not None and commit.tree.confidence:
+            self.confidence_of(drafter, mind).observe_draft(
+                commit.tree.confidence, len(commit.accepted)
+            )
         depth, num_rows, num_nodes, lag = drafted.get(drafter, NOT_DRAFTED)
         drafted[drafter] = DraftCounts(
-            max(depth, part.depth),
+            max(depth, num_drafted if part.stop else part.depth),
             num_rows + 1,
             num_nodes + num_drafted,
             lag + max(mind.lag(seq, drafter) - len(commit.tokens), 0),
         )
         mind.drafted_at[drafter] = len(seq.tokens)
+
+    def confidence_of(self, drafter: str, mind: Mind) -> Calibration:
+        """What a drafter's confidence means for requests that sample like this one."""
+        return self.confidence.setdefault((drafter, mind.kind), Calibration())
 
     def _learn_times(self, step: Step, times: StepTimes, drafted: dict[str, DraftCounts]) -> None:
         started = self._clock()

@@ -51,7 +51,7 @@ class LinearCost:
         """Prices that would still be no surprise, at the lower end; never negative."""
         if not self._covariance:
             return [0.0] * len(self.prices)
-        spreads = (math.sqrt(row[i]) for i, row in enumerate(self._covariance))
+        spreads = (math.sqrt(max(row[i], 0.0)) for i, row in enumerate(self._covariance))
         return [max(price - s, 0.0) for price, s in zip(self.prices, spreads, strict=True)]
 
     def observe(self, counts: Items[float], seconds: float) -> None:
@@ -67,7 +67,7 @@ class LinearCost:
         moved = [sum(c * x for c, x in zip(row, counts, strict=True)) for row in self._covariance]
         expected = sum(p * x for p, x in zip(self._prices, counts, strict=True))
         known = sum(m * x for m, x in zip(moved, counts, strict=True))
-        spread = known + (NOISE * max(seconds, expected, 1e-7)) ** 2
+        spread = max(known, 0.0) + (NOISE * max(seconds, expected, 1e-7)) ** 2
         deviation = math.sqrt(spread)
         off = max(-SURPRISE, min(SURPRISE, (seconds - expected) / deviation)) * deviation
         for row, gain in enumerate(moved):
@@ -76,6 +76,8 @@ class LinearCost:
             line = self._covariance[row]
             for column, other in enumerate(moved):
                 line[column] -= share * other
+        if any(line[index] <= 0.0 for index, line in enumerate(self._covariance)):
+            self._begin(self._unit, DRIFT)  # rounding has made it surer than sure
         self._bias += BIAS_SHARE * (off / deviation - self._bias)
         if abs(self._bias) > 1.0:
             self._doubt(1.0 + abs(self._bias))

@@ -3,7 +3,7 @@
 from outrider.control.acceptance import Experience
 from outrider.control.base import PLAIN, Room
 from outrider.sequence import Sequence
-from outrider.step import RowPlan
+from outrider.step import RowPlan, StopRule
 
 TEMPERATURES = (0.0, 0.5, 1.0)  # upper ends of kinds that share experience; hotter is one more
 PAST_WEIGHT = 12.0  # most observations that a request's past counts for
@@ -16,6 +16,8 @@ class Mind:
     Attributes:
         candidate: index of the drafter in force. depth: how far it drafts; 0 is plain decoding.
         is_new: whether nothing was decided for it yet.
+        kind: how it samples and how hot, as far as a drafter's confidence means the same.
+        stop: when its chains end before their depth.
         experience: by drafter.
         born: step of the policy at which it began.
         drafted_at: by drafter, length of the token log when it last drafted.
@@ -31,10 +33,16 @@ class Mind:
         "experience",
         "is_new",
         "keeper",
+        "kind",
+        "stop",
     )
 
-    def __init__(self, keeper: "Minds", experience: dict[str, Experience], born: int) -> None:
+    def __init__(
+        self, keeper: "Minds", experience: dict[str, Experience], born: int, kind: str
+    ) -> None:
         self.keeper = keeper
+        self.kind = kind
+        self.stop: StopRule | None = None
         self.is_new = True
         self._plan = PLAIN
         self._planned_for = (0, 0, 0, 0)
@@ -55,7 +63,8 @@ class Mind:
         if wanted != self._planned_for:
             candidate = room.seq.speculation.candidates[self.candidate]
             self._plan, self._planned_for = room.plan(depth, candidate), wanted
-        return self._plan
+        plan = self._plan
+        return plan if self.stop is None or plan.width > 1 else plan._replace(stop=self.stop)
 
     def lag(self, seq: Sequence, drafter: str) -> int:
         """Committed tokens that a drafter has to catch up with, the usual few left out."""
@@ -80,7 +89,7 @@ class Minds:
             return mind
         drafters = [candidate.drafter for candidate in seq.speculation.candidates]
         experience = {name: Experience(self.common(seq, name)) for name in drafters}
-        mind = seq.policy_state = Mind(self, experience, self.now)
+        mind = seq.policy_state = Mind(self, experience, self.now, _way_of_sampling(seq))
         _remember(mind, seq)
         return mind
 
@@ -90,6 +99,10 @@ class Minds:
         if key not in self.shared:
             self.shared[key] = Experience()
         return self.shared[key]
+
+
+def _way_of_sampling(seq: Sequence) -> str:
+    return f"{kind_of(seq.request.sampling.temperature)} {seq.speculation.draft_sample_method}"
 
 
 def _remember(mind: Mind, seq: Sequence) -> None:

@@ -91,7 +91,6 @@ class ChatSession:
             token_ids,
             metrics,
             self.turn.ask.sampling.temperature,
-            self.turn.speculation.num_draft_tokens,
         )
         self.report |= self._kept.report(self._opened, head, metrics)
         body = self._response(self.turn.read(answer.text), answer.finish_reason, metrics)

@@ -317,7 +317,6 @@ class Runs:
             live.token_ids,
             metrics,
             live.plan.sampling.temperature,
-            live.plan.speculation.num_draft_tokens,
         )
         try:
             head = await _to_the_end(finishing)

@@ -40,6 +40,13 @@ async def get_response(
     include_obfuscation: bool | None = None,
 ) -> Response:
     """The response as it is now; with `stream` its events after a number, then those that come."""
+    if include_obfuscation is not None:
+        raise ApiError(
+            400,
+            f"include_obfuscation={include_obfuscation}: a stream is padded or not from its start; "
+            "say so when the response is created (stream_options)",
+            param="include_obfuscation",
+        )
     body = made.body(who, response_id)
     if not stream:
         return JSONResponse(body)

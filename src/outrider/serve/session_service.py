@@ -242,7 +242,6 @@ class Sessions:
         answer: Items[int],
         metrics: RequestMetrics,
         temperature: float,
-        _num_draft_tokens: int = 0,
     ) -> Head:
         """The turn becomes part of the session: its input, and the answer as it was generated."""
         try:
