@@ -109,8 +109,8 @@ class Given:
                 if tuple(tensor.shape) != known[name]
             ],
         )
-        is_odd: Callable[[str, Tensor], bool] = (
-            lambda name, tensor: name not in WHOLE and tensor.dtype not in FLOATS
+        is_odd: Callable[[str, Tensor], bool] = lambda name, tensor: (
+            name not in WHOLE and tensor.dtype not in FLOATS
         )
         self._refuse(
             "quantised",
@@ -143,15 +143,3 @@ GAINS_PLUS_ONE = (
 def adds_one_to_gain(family: str) -> bool:
     """Whether RMSNorm of this `model_type` multiplies by 1 + w."""
     return family in GAINS_PLUS_ONE
-
-
-def is_assumed(values: Mapping[str, Any], **keys: str) -> frozenset[str]:
-    """Conventions (keyword names) whose config key is absent."""
-    return frozenset(name for name, key in keys.items() if values.get(key) is None)
-
-
-def conventions_of(given: Given, declared: Conventions) -> Conventions:
-    """What the files say, with the pinned conventions laid over."""
-    from dataclasses import replace
-
-    return replace(declared, **dict(given.pinned))

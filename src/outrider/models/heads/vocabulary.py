@@ -95,7 +95,9 @@ def _range_fault(ids_D: Tensor, num_target: int) -> str | None:
     if not outside.any():
         return None
     draft = int(outside.nonzero()[0])
-    return f"maps draft token {draft} to {int(ids_D[draft])}, outside the {num_target} of the target"
+    return (
+        f"maps draft token {draft} to {int(ids_D[draft])}, outside the {num_target} of the target"
+    )
 
 
 def _check_whole(name: str, values_D: Tensor, num_draft: int) -> None:
