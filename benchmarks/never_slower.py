@@ -10,7 +10,7 @@ python -m benchmarks.never_slower --model grown-135m --drafter good --concurrenc
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,19 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"| {row['drafter']} | {row['temperature']:g} | {row['concurrency']} | {fixed} | "
         f"{_ratio(row['adaptive'])} | {row['best']} | {_ratio(row['of_best'])} | "
-        f"{row['null'][0]:.2f} to {row['null'][1]:.2f} | {row['num_blocks']} |"
+        f"{_range(row['null'])} | {row['num_blocks']} |"
     )
 
 
 def _ratio(told: dict[str, Any]) -> str:
+    if told["interval"] is None:
+        return f"**{told['ratio']:.2f}**"
     low, high = told["interval"]
     return f"**{told['ratio']:.2f}** ({low:.2f} to {high:.2f})"
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "unknown" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def blurred(name: str, folder: Path, blur: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from outrider.control.base import PLAIN, Balance, Facts, Load, Room, Step
 from outrider.control.deciding import Decider
-from outrider.control.learning import WARM_UP, Lessons
+from outrider.control.learning import Lessons
 from outrider.control.minds import Mind
 from outrider.control.schedule import Schedule
 from outrider.control.trying import Trials
@@ -127,11 +127,13 @@ class AdaptivePolicy:
     def take_prices(self, saved: dict[str, Any]) -> None:
         """Starts from saved prices; ValueError where they are of another form."""
         self.lessons.cost.load(saved)
+        self.lessons.is_priced = True
 
     def forget_texts(self) -> None:
         """Starts anew but for the prices."""
         lessons = Lessons(self._facts)
         lessons.cost, lessons.step = self.lessons.cost, self.lessons.step
+        lessons.is_priced = lessons.cost.passes.is_known
         self._begin(lessons)
 
     def _begin(self, lessons: Lessons) -> None:
@@ -168,7 +170,7 @@ class AdaptivePolicy:
         step = self.lessons.step
         self._num_rooms = len(rooms)
         self._num_thoughts += 1
-        hopes = not self._num_thoughts % HOPE_EVERY or step < WARM_UP
+        hopes = not self._num_thoughts % HOPE_EVERY or self.lessons.is_warming_up
         scene = self._decider.think(rooms, minds, load, thoroughly=hopes)
         if self._decider.thought is not None:
             self._trials.prepare(scene, self._decider.thought, hopes=hopes)

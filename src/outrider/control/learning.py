@@ -43,6 +43,7 @@ class Lessons:
 
     Attributes:
         step: steps seen so far. step_s: seconds of a step of late.
+        is_priced: whether prices were there from the start.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -53,6 +54,7 @@ class Lessons:
         self.purse = Purse()
         self.step = 0
         self.step_s = 0.0
+        self.is_priced = False
         self._plain_size = self._plain_at = 0
         self._plain_s = 0.0
         self._unpaid_s = 0.0  # of reading what drafters had to catch up with
@@ -72,10 +74,15 @@ class Lessons:
         self.step_s += 0.1 * (times.total - self.step_s) if self.step_s else times.total
         if seen.num_emitting:
             self.purse.earn(times.total, self._decoding_s(times, seen))
-        if self.step <= WARM_UP or self.step >= self._times[bool(seen.drafted)].due_at:
+        if self.is_warming_up or self.step >= self._times[bool(seen.drafted)].due_at:
             self._learn_times(step, times, seen.drafted)
         if seen.drafted and seen.is_ours and not self.purse.is_open:
             self._weigh(step, times, seen)
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Prices are not known yet: every step tells something."""
+        return self.step <= WARM_UP and not self.is_priced
 
     def _decoding_s(self, times: StepTimes, seen: Seen) -> float:
         """A step's time without what the prompts in it took."""

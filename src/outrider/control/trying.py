@@ -7,7 +7,7 @@ from outrider.control.allocation import Chosen, Ladder, allocate, evaluate, kept
 from outrider.control.base import PLAIN, Load, Room
 from outrider.control.cost import DraftCounts
 from outrider.control.deciding import Decider, Scene, Thought
-from outrider.control.learning import CATCH_UP_STEPS, WARM_UP, Lessons
+from outrider.control.learning import CATCH_UP_STEPS, Lessons
 from outrider.control.minds import Mind
 from outrider.control.targets import has_targets
 from outrider.step import RowPlan
@@ -76,7 +76,7 @@ class Trials:
         step = self._lessons.step
         if step < self.due_at:
             return
-        self.due_at = step + (TRY_EVERY if step >= WARM_UP else 2)
+        self.due_at = step + (2 if self._lessons.is_warming_up else TRY_EVERY)
         if not self._lessons.purse.holds_something:
             return
         self._turn += 1
