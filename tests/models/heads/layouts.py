@@ -1,4 +1,4 @@
-"""Small random heads, written in every published layout with that layout's names and config keys."""
+"""Small random heads, written in every published layout with its own names and config keys."""
 
 import json
 from collections.abc import Mapping
@@ -178,9 +178,7 @@ def random_eagle3(
         own_flags["fc_norm"] = True
     if hidden != H:
         decoder["target_hidden_size"] = H
-    return Eagle3(
-        tensors=tensors, ids=ids, boundaries=boundaries, flags=own_flags, decoder=decoder
-    )
+    return Eagle3(tensors=tensors, ids=ids, boundaries=boundaries, flags=own_flags, decoder=decoder)
 
 
 def write_eagle(folder: Path, head: Eagle3) -> Path:

@@ -22,7 +22,7 @@ from outrider.models.heads.spec import (
     Mask,
     Widths,
 )
-from outrider.models.heads.vocabulary import target_ids
+from outrider.models.heads.vocabulary import take_map
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 NOT_SERVED = (
@@ -41,14 +41,15 @@ def read_block(given: Given, mask_embedding: tuple[Tensor, int] | None) -> Head:
     settings = _settings(given)
     _refuse_others(given, settings)
     hidden, decoder = hidden_size(given), read_decoder(given)
-    decoder = replace(decoder, windows=_windows(settings, decoder.num_layers))
+    windows = _windows(settings, decoder.num_layers)
+    decoder = replace(decoder, windows=windows, has_qk_norm=True)
     widths = _widths(given, hidden)
     markov = _markov(given, settings)
     given.check(*_shapes(given, decoder, widths, markov))
     tensors = dict(given.tensors)
-    ids_D = _take_map(given, tensors, widths)
-    declared, assumed = _conventions(given, settings, decoder, widths)
     kind = given.pinned.get("vocabulary_map", "offset")
+    ids_D = take_map(tensors, num_draft=widths.draft_vocab, num_target=widths.vocab, kind=kind)
+    declared, assumed = _conventions(given, settings, decoder, widths)
     spec = HeadSpec(
         family=Family.BLOCK,
         widths=widths,
@@ -117,7 +118,6 @@ def _shapes(
     hidden = widths.hidden
     shapes: Shapes = {"fc.weight": (hidden, widths.num_features * widths.target_hidden)}
     shapes |= {"hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
-    decoder = replace(decoder, has_qk_norm=True)
     for index in range(decoder.num_layers):
         shapes |= layer_shapes(decoder, index, hidden, reads=hidden, norms=NORMS)
     if markov:
@@ -193,20 +193,6 @@ def _markov_shapes(markov: MarkovShape, widths: Widths) -> Shapes:
         reads = hidden + (rank if markov.confidence == "state-and-token" else 0)
         shapes |= {"confidence.weight": (1, reads), "confidence.bias": (1,)}
     return shapes
-
-
-def _take_map(given: Given, tensors: dict[str, Tensor], widths: Widths) -> Tensor | None:
-    """Replaces d2t and t2d by `target_ids`."""
-    ids_D = target_ids(
-        tensors.pop("d2t", None),
-        tensors.pop("t2d", None),
-        num_draft=widths.draft_vocab,
-        num_target=widths.vocab,
-        kind=given.pinned.get("vocabulary_map", "offset"),
-    )
-    if ids_D is not None:
-        tensors["target_ids"] = ids_D
-    return ids_D
 
 
 def _conventions(

@@ -1,10 +1,8 @@
-"""Readers of EAGLE-1/2, EAGLE-3 and P-EAGLE heads, in the layouts of EAGLE, SpecForge, speculators."""
+"""Readers of EAGLE-1/2, EAGLE-3 and P-EAGLE heads, whoever wrote them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
-
-from torch import Tensor
 
 from outrider.errors import ConfigError
 from outrider.models.heads.feature_layers import eagle_layers
@@ -19,7 +17,7 @@ from outrider.models.heads.spec import (
     HeadSpec,
     Widths,
 )
-from outrider.models.heads.vocabulary import target_ids
+from outrider.models.heads.vocabulary import take_map
 
 NORMS_1 = ("post_attention_layernorm",)
 NORMS_LATER = ("input_layernorm", "post_attention_layernorm")
@@ -45,7 +43,7 @@ def read_eagle(given: Given) -> Head:
         shapes |= layer_shapes(decoder, index, hidden, reads=hidden, norms=norms)
     if has_norms:
         shapes |= {"embedding_norm.weight": (hidden,), "feature_norm.weight": (hidden,)}
-    optional = {"embed_tokens.weight": (vocab, hidden)}
+    optional: Shapes = {"embed_tokens.weight": (vocab, hidden)}
     if given.is_speculators:
         optional["lm_head.weight"] = (vocab, hidden)
     given.check(shapes, optional)
@@ -67,8 +65,8 @@ def read_eagle3(given: Given) -> Head:
     given.check(*_eagle3_shapes(given, decoder, widths))
     declared, assumed = _eagle3_conventions(given, decoder, widths)
     tensors = dict(given.tensors)
-    ids_D = _take_map(given, tensors, widths)
     kind = given.pinned.get("vocabulary_map", "offset")
+    ids_D = take_map(tensors, num_draft=widths.draft_vocab, num_target=widths.vocab, kind=kind)
     spec = HeadSpec(
         family=Family.EAGLE3,
         widths=widths,
@@ -155,20 +153,6 @@ def _draft_vocabulary(given: Given, vocab: int) -> int:
             return given.agree_count("draft_vocab_size", given.shape(name)[0], name)
     said = given.count("draft_vocab_size")
     return vocab if said is None else said
-
-
-def _take_map(given: Given, tensors: dict[str, Tensor], widths: Widths) -> Tensor | None:
-    """Replaces d2t and t2d by `target_ids`."""
-    ids_D = target_ids(
-        tensors.pop("d2t", None),
-        tensors.pop("t2d", None),
-        num_draft=widths.draft_vocab,
-        num_target=widths.vocab,
-        kind=given.pinned.get("vocabulary_map", "offset"),
-    )
-    if ids_D is not None:
-        tensors["target_ids"] = ids_D
-    return ids_D
 
 
 def _eagle3_conventions(

@@ -58,9 +58,9 @@ def block_layers(
     config: Mapping[str, Any], *, num_features: int, num_draft_layers: int, num_layers: int
 ) -> Reading:
     """Of block drafters. ConfigError as for `eagle_layers`."""
-    key, given = _top_level(config)
+    given = _top_level(config)[1]
     if given is None:
-        key, given = _outputs(config)
+        given = _outputs(config)
     if given is not None:
         return Reading(_checked(given, num_features, num_layers), True)
     default = _block_default(num_draft_layers, num_layers)
@@ -80,15 +80,15 @@ def _top_level(config: Mapping[str, Any]) -> tuple[str, tuple[int, ...] | None]:
     return "", None
 
 
-def _outputs(config: Mapping[str, Any]) -> tuple[str, tuple[int, ...] | None]:
+def _outputs(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     nested = (config.get("dflash_config") or {}).get("target_layer_ids")
     if nested is not None:
-        return "dflash_config.target_layer_ids", _shifted("target_layer_ids", nested, 1)
+        return _shifted("dflash_config.target_layer_ids", nested, 1)
     for key in OUTPUT_KEYS:
         if config.get(key) is not None:
             is_input = key.startswith("dspark") and config.get("model_type") == WRITES_INPUTS
-            return key, _shifted(key, config[key], 0 if is_input else 1)
-    return "", None
+            return _shifted(key, config[key], 0 if is_input else 1)
+    return None
 
 
 def _block_default(num_draft_layers: int, num_layers: int) -> tuple[int, ...]:

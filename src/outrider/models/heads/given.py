@@ -1,6 +1,6 @@
 """One head as it was found, and the questions a reader asks of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 
 from outrider.errors import ConfigError, ModelError, PairError
-from outrider.models.heads.spec import Conventions, TargetSpec
+from outrider.models.heads.spec import TargetSpec
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE = ("target_ids", "d2t", "t2d")
 NUM_NAMED = 3
+GAINS_PLUS_ONE = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "recurrent_gemma",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_text",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +121,13 @@ class Given:
                 if tuple(tensor.shape) != known[name]
             ],
         )
-        is_odd: Callable[[str, Tensor], bool] = lambda name, tensor: (
-            name not in WHOLE and tensor.dtype not in FLOATS
-        )
         self._refuse(
             "quantised",
-            [f"{self.name(name)} is {t.dtype}" for name, t in found.items() if is_odd(name, t)],
+            [
+                f"{self.name(name)} is {t.dtype}"
+                for name, t in found.items()
+                if _is_quantised(name, t)
+            ],
         )
 
     def _refuse(self, what: str, names: list[str]) -> None:
@@ -126,20 +139,10 @@ class Given:
             )
 
 
-GAINS_PLUS_ONE = (
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "recurrent_gemma",
-    "qwen3_next",
-    "qwen3_5",
-    "qwen3_5_text",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-)
-
-
 def adds_one_to_gain(family: str) -> bool:
     """Whether RMSNorm of this `model_type` multiplies by 1 + w."""
     return family in GAINS_PLUS_ONE
+
+
+def _is_quantised(name: str, tensor: Tensor) -> bool:
+    return name not in WHOLE and tensor.dtype not in FLOATS

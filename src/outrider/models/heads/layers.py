@@ -37,7 +37,7 @@ def read_decoder(given: Given) -> DecoderShape:
         intermediate_size=given.agree_count("intermediate_size", given.shape(gate)[0], gate),
         has_qkv_bias=_qkv_bias(given, has_bias),
         has_output_bias=f"{FIRST}o_proj.bias" in given.tensors,
-        has_qk_norm=f"{FIRST}q_norm.weight" in given.tensors,
+        has_qk_norm=_qk_norm(given),
         norm_eps=float(given.values.get("rms_norm_eps", 1e-6)),
         rope=_rope(given, head_dim),
         windows=(0,) * num_layers,
@@ -123,6 +123,12 @@ def _qkv_bias(given: Given, has_bias: bool) -> bool:
     for key in ("qkv_bias", "attention_bias"):
         given.agree_flag(key, has_bias, "bias of query, key and value")
     return has_bias
+
+
+def _qk_norm(given: Given) -> bool:
+    """As the head's `model_type` has it; the tensors decide where that is not known."""
+    family = FAMILIES.get(str(given.values.get("model_type", "llama")))
+    return family.has_qk_norm if family else f"{FIRST}q_norm.weight" in given.tensors
 
 
 def _rope(given: Given, head_dim: int) -> RopeConfig:

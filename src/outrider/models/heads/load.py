@@ -89,18 +89,18 @@ def load_head(
     if family is Family.PARD:
         return _pard(str(source), config, target)
     if family is Family.MTP:
-        return _mtp(folder, config, files, target, laid_down)
-    written = canonical(family, files.shapes)
+        return _mtp(str(source), config, files, target, laid_down)
+    written: Mapping[str, str] = canonical(family, files.shapes)
     if family is Family.MEDUSA:
         written = heads_in_target(written, folder, target)
-    given = _given(folder, config, files, written, target, laid_down)
+    given = _given(str(source), config, files, written, target, laid_down)
     if family is Family.BLOCK:
         return read_block(given, files.mask_embedding())
     return READERS[family](given)
 
 
 def _given(
-    folder: Path,
+    source: str,
     config: Mapping[str, Any],
     files: HeadFiles,
     written: Mapping[str, str],
@@ -109,7 +109,7 @@ def _given(
 ) -> Given:
     loaded = files.load(dict.fromkeys(written.values()))
     return Given(
-        source=str(folder),
+        source=source,
         config=config,
         tensors={ours: loaded[name] for ours, name in written.items()},
         written=written,
@@ -119,14 +119,14 @@ def _given(
 
 
 def _mtp(
-    folder: Path,
+    source: str,
     config: Mapping[str, Any],
     files: HeadFiles,
     target: TargetSpec,
     pins: Mapping[str, Any],
 ) -> Head:
     modules = find_modules(files.shapes)
-    given = _given(folder, config, files, modules.written, target, pins)
+    given = _given(source, config, files, modules.written, target, pins)
     return read_mtp(given, modules, _target_shapes(given, files, target))
 
 

@@ -66,7 +66,7 @@ def canonical(family: Family, names: Iterable[str]) -> dict[str, str]:
         ModelError: two names in the files mean the same tensor.
     """
     found: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names):
         if name.endswith(IGNORED_ENDINGS):
             continue
         ours = _replace(name, _OF_FAMILY.get(family, ()))

@@ -1,4 +1,4 @@
-"""Conventions laid down beside a head, in `outrider.json` or by a caller, over what its files say."""
+"""Conventions pinned from outside, in `outrider.json` or by a caller, over what files say."""
 
 import json
 import logging

@@ -41,6 +41,22 @@ def target_ids(
     return None if num_draft == num_target else ids_D
 
 
+def take_map(
+    tensors: dict[str, Tensor], *, num_draft: int, num_target: int, kind: str
+) -> Tensor | None:
+    """Replaces d2t and t2d among a head's tensors by `target_ids`, and returns them."""
+    ids_D = target_ids(
+        tensors.pop("d2t", None),
+        tensors.pop("t2d", None),
+        num_draft=num_draft,
+        num_target=num_target,
+        kind=kind,
+    )
+    if ids_D is not None:
+        tensors["target_ids"] = ids_D
+    return ids_D
+
+
 def check_token_map(ids_D: Tensor, *, num_draft: int, num_target: int) -> Tensor:
     """A list of token ids in any order, as int64. ModelError if it is no such list."""
     _check_whole("token_map", ids_D, num_draft)
