@@ -36,7 +36,7 @@ class Sequence:
         shaper: the compiled sampling parameters (a `sampling.transforms.Shaper`).
         grammar: matcher state when the output is constrained (advanced by the committer only).
         drafter_state: what each drafter keeps for this sequence, by drafter name.
-        policy_state: what the policy that plans for it keeps.
+        policy_state: what policies keep for it, by whoever keeps it.
         arrived_s: when it came, by the engine's clock; 0 where it has none.
         num_prefix_hits: prompt tokens that came from the prefix cache at first admission.
         num_preemptions: times the sequence lost its KV and was recomputed.
@@ -60,7 +60,7 @@ class Sequence:
     table: Any = None
     grammar: Any = None
     drafter_state: dict[str, Any] = field(default_factory=dict)
-    policy_state: Any = None
+    policy_state: dict[Any, Any] = field(default_factory=dict)
     num_prefix_hits: int = 0
     num_preemptions: int = 0
     finish_reason: str | None = None

@@ -357,7 +357,7 @@ def test_confidence_is_asked_for_and_used_only_where_a_request_wants_it():
     assert usual.stop is None
     assert asked.stop is not None
     assert asked.stop.floor == 0.0, "nothing is known of it yet"
-    known = policy.lessons.confidence_of("m", rooms[1].seq.policy_state)
+    known = policy.lessons.confidence_of("m", policy.lessons.minds.of(rooms[1].seq))
     for _ in range(150):
         known.observe_draft((0.9, 0.2), 1)
     policy.lessons.step += 1

@@ -360,7 +360,7 @@ def _check(plan: Plan) -> None:
         ("concurrency", plan.concurrency, plan.concurrency >= 1, "must be at least 1"),
         ("eps", plan.eps, 0 < plan.eps < 1, "must lie between 0 and 1, such as 0.02"),
         ("budget_s", plan.budget_s, plan.budget_s >= 0, "must not be negative"),
-        ("num_rounds", plan.num_rounds, plan.num_rounds != 0, "must be at least 1"),
+        ("num_rounds", plan.num_rounds, _is_count(plan.num_rounds), "must be at least 1"),
     ):
         if not is_right:
             raise ConfigError(f"{name}={value!r}: {remedy}")
@@ -384,3 +384,7 @@ def check_prompts(count: int, concurrency: int) -> None:
             f"concurrency {concurrency} needs as many prompts, there are {count}: raise --limit or "
             f"give more --prompts, or stay at --concurrency {count} and below"
         )
+
+
+def _is_count(value: int | None) -> bool:
+    return value is None or value >= 1

@@ -77,6 +77,8 @@ class Experience:
 
     def _read(self) -> None:
         """Counts what was observed since the last time, as if it had been at once."""
+        if not self._new:
+            return
         new, self._new = self._new, []
         self._kept.clear()
         if self._shared is not None:
@@ -167,8 +169,7 @@ class Experience:
         """
         if self._is_just_told:
             self._is_just_told, self.last_step = False, step
-        if self._new:
-            self._read()
+        self._read()
         reached, stands = [], []
         comes = holds = 1.0
         doubts = self._doubts(depth, step) if trust else [0.0] * depth
@@ -226,8 +227,7 @@ class Experience:
         self, kind: str, depth: int, step: int, first: float
     ) -> list[tuple[float, float]]:
         """`_rates`, kept until something is observed: many sequences ask in a row."""
-        if self._new:
-            self._read()
+        self._read()
         found = self._kept.get(kind)
         if found is None or len(found) < depth:
             found = self._kept[kind] = self._rates(kind, max(depth, 8), step, first)

@@ -16,6 +16,7 @@ from outrider.control.deciding import Decider
 from outrider.control.learning import Lessons
 from outrider.control.minds import Mind
 from outrider.control.schedule import Schedule
+from outrider.control.targets import awaited
 from outrider.control.trying import Trials
 from outrider.request import Option
 from outrider.step import RowPlan
@@ -46,6 +47,8 @@ class AdaptivePolicy:
     _tunes: Schedule
     _num_thoughts: int
     _num_rooms: int
+    _num_running: int  # in the step of the last thought, rows of other policies too
+    _is_thought_new: bool
     _least_lost: float
     _is_drafting: bool
 
@@ -63,7 +66,7 @@ class AdaptivePolicy:
         return (
             not self._is_drafting
             and self.lessons.step < min(self._thoughts.due_at, self._trials.due_at)
-            and not self._has_changed(num_rows)
+            and not _differ(num_rows, self._num_running)
         )
 
     def plan(self, rooms: Items[Room], load: Callable[[], Load]) -> list[RowPlan]:
@@ -80,8 +83,10 @@ class AdaptivePolicy:
         return plans
 
     def observe(self, step: Step) -> None:
-        self.lessons.observe(step)
         purse, thought = self.lessons.purse, self._decider.thought
+        self.lessons.observe(step, is_judged=thought is None or not thought.is_for_targets)
+        if self._is_thought_new:
+            self._num_running, self._is_thought_new = len(step.batch.rows), False
         if purse.is_open and step.times is not None and thought is not None:
             purse.settle(self.lessons.lost_s(step, step.times, thought.advantage))
         if self._is_drafting:
@@ -142,16 +147,18 @@ class AdaptivePolicy:
         self._trials = Trials(self.lessons, self._decider)
         self._thoughts = Schedule(THINKING_SHARE, 1, MAX_HOLD)
         self._tunes = Schedule(THINKING_SHARE, TUNE_EVERY, MAX_HOLD)
-        self._num_thoughts = self._num_rooms = 0
+        self._num_thoughts = self._num_rooms = self._num_running = 0
+        self._is_thought_new = False
         self._least_lost = 0.0
         self._is_drafting = False
 
     def _is_due(self, num_rooms: int) -> bool:
         """Now and then, when many have come or gone, and at once while little is known."""
-        return self._has_changed(num_rooms) or self.lessons.step >= self._thoughts.due_at
-
-    def _has_changed(self, num_rooms: int) -> bool:
-        return abs(num_rooms - self._num_rooms) > self._num_rooms // 4
+        return (
+            _differ(num_rooms, self._num_rooms)
+            or self.lessons.is_awaited
+            or self.lessons.step >= self._thoughts.due_at
+        )
 
     def _is_shut(self, minds: Items[Mind]) -> bool:
         """Whether the guard holds; not where all sequences are newer than what it saw."""
@@ -160,7 +167,7 @@ class AdaptivePolicy:
             return False
         if thought is not None and thought.is_for_targets:
             return False
-        if all(mind.born > guard.shut_at for mind in minds):
+        if all(mind.born >= guard.shut_at for mind in minds):
             guard.reopen()
             return False
         return True
@@ -168,7 +175,7 @@ class AdaptivePolicy:
     def _think(self, rooms: Items[Room], minds: Items[Mind], load: Load) -> None:
         started = self._clock()
         step = self.lessons.step
-        self._num_rooms = len(rooms)
+        self._num_rooms, self._is_thought_new = len(rooms), True
         self._num_thoughts += 1
         hopes = not self._num_thoughts % HOPE_EVERY or self.lessons.is_warming_up
         scene = self._decider.think(rooms, minds, load, thoroughly=hopes)
@@ -177,6 +184,8 @@ class AdaptivePolicy:
         self._is_drafting = any(mind.depth for mind in minds)
         self._thoughts.done(step, self._clock() - started, self.lessons.step_s)
         self._tunes.put_off(step)
+        if awaited(load):  # with its first token that is over
+            self._thoughts.put_off(step)
         self._least_lost = self.lessons.guard.lost
 
     def _tune(self, rooms: Items[Room], minds: Items[Mind]) -> None:
@@ -193,6 +202,10 @@ class AdaptivePolicy:
             return
         for index in new:
             self._decider.receive(rooms[index], minds[index], len(rooms))
+
+
+def _differ(num_now: int, num_then: int) -> bool:
+    return abs(num_now - num_then) > num_then // 4
 
 
 def _histogram(depths: Items[int]) -> dict[str, int]:

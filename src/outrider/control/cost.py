@@ -50,7 +50,8 @@ class DraftCounts(NamedTuple):
 
     Attributes:
         depth: deepest plan. num_rows: sequences drafted for. num_nodes: drafted.
-        lag: committed tokens since these sequences were last drafted for, one each left out.
+        lag: committed tokens since these sequences were last drafted for, a usual round each left
+            out.
     """
 
     depth: int
@@ -125,6 +126,9 @@ class StepPrice:
     this pass, and the pass they are held against is the one without the prompt. Else a long
     prefill would make drafts look cheap, or a table by batch size would count it as load.
 
+    Attributes:
+        prompt_s: seconds that the prompt tokens add, which are in none of the figures below.
+
     Args:
         counts: of the step without these drafts. num_prompt: rows of it that are prompt.
         drawn_share: of the nodes, those that need a law.
@@ -147,10 +151,11 @@ class StepPrice:
         self._num_rows = float(counts.num_rows)
         bare = max(counts.num_rows - num_prompt, 1.0)
         self._bare = model.step(counts._replace(num_rows=bare, visits=0))
-        _, _, per_drawn, per_node = (max(price, 0.0) for price in model.rest.prices)
+        _, _, per_drawn, per_node = model.rest.prices
         self._node = per_node + drawn_share * per_drawn + mean_context * model.passes.visit_s
         self._drafts: dict[str, DraftPrice] = {}
         self._before = self._at(self._num_rows)
+        self.prompt_s = max(model.step(counts) - self._bare, 0.0)
         self._dearest = DEAREST * self._before / max(self._num_rows, 1.0)
 
     def step(self, nodes_U: Floats) -> Floats:
@@ -182,6 +187,6 @@ class StepPrice:
         found = self._drafts.get(drafter)
         if found is None:
             cost = self._model.draft_cost(drafter)
-            prices = cost.lowest() if self._hopeful else [max(price, 0.0) for price in cost.prices]
+            prices = cost.lowest() if self._hopeful else cost.prices
             found = self._drafts[drafter] = DraftPrice(*prices[:4])
         return found

@@ -118,8 +118,10 @@ class Decider:
             for room, mind, weight in zip(rooms, minds, weights_of(rooms), strict=True)
         ]
 
-    def misses(self, rooms: Items[Room], ladders: Items[Ladder], load: Load) -> Misses | None:
-        return misses_of(rooms, ladders, load, self._clock())
+    def misses(
+        self, rooms: Items[Room], ladders: Items[Ladder], load: Load, price: StepPrice
+    ) -> Misses | None:
+        return misses_of(rooms, ladders, load, self._clock(), price.prompt_s)
 
     def price(self, rooms: Items[Room], load: Load, *, hopeful: bool = False) -> StepPrice:
         planned = sum(part.num_nodes for _, part in load.planned)
@@ -136,7 +138,7 @@ class Decider:
             counts,
             num_prompt=load.num_prompt,
             drawn_share=drawn / max(len(rooms), 1),
-            mean_context=load.context / max(load.num_emitting, 1),
+            mean_context=sum(room.seq.num_cached for room in rooms) / max(len(rooms), 1),
             hopeful=hopeful,
         )
 
@@ -167,7 +169,7 @@ class Decider:
         """Every row's draft, depth by depth, against its price."""
         plain = scene.plain
         ladders = self.ladders(scene.rooms, scene.minds)
-        misses = self.misses(scene.rooms, ladders, scene.load)
+        misses = self.misses(scene.rooms, ladders, scene.load, scene.price)
         best = allocate(ladders, plain.tokens, scene.price, misses)
         before = [
             min(mind.depth, len(ladder.forecast.stands))
@@ -188,7 +190,9 @@ class Decider:
         pooled = common.forecast(most, step, hopeful=True)
         for room, mind in zip(scene.rooms, scene.minds, strict=True):
             spec = room.seq.speculation
-            if mind.depth or len(spec.candidates) > 1 or spec.candidates[0].drafter != drafter:
+            if mind.depth or len(spec.candidates) > 1:
+                return False
+            if self._lessons.minds.common(room.seq, spec.candidates[0].drafter) is not common:
                 return False
             own = mind.experience[drafter]
             if own.num_drafts and own.forecast(1, step).stands[0] > pooled.stands[0]:
@@ -205,13 +209,13 @@ class Decider:
     ) -> Ladder:
         drafter, most, _, num_nodes = room.seq.speculation.candidates[candidate]
         forecast = self._forecast(room, mind, candidate, hopeful=hopeful)
-        per_token = max(self._lessons.cost.draft_cost(drafter).prices[4], 0.0)
+        per_token = self._lessons.cost.draft_cost(drafter).prices[4]
         entry = per_token * mind.lag(room.seq, drafter) / CATCH_UP_STEPS
         return Ladder(forecast, num_nodes / most, weight, drafter, entry)
 
     def _forecast(self, room: Room, mind: Mind, candidate: int, *, hopeful: bool) -> Forecast:
         drafter, most, _, _ = room.seq.speculation.candidates[candidate]
-        depth = min(room.depth, most)
+        depth = min(room.depth, most, room.num_nodes)
         found = mind.experience[drafter]
         return found.forecast(depth, self._lessons.step, hopeful=hopeful, trust=TRUST)
 

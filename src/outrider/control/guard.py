@@ -5,13 +5,12 @@ from typing import Any
 WINDOW = 200  # speculating steps after which one counts 1/e
 MOST_LOST = 5.0  # plain steps' time that speculation may have lost of late
 MOST_GAINED = 7.0  # likewise, that what it won before makes good
-HICCUP = 3.0  # times a usual step's time; what is longer says nothing of drafts
+HICCUP = 3.0  # times a usual step's time, beside a plain one's; a longer one tells nothing
 FEWEST = 6  # steps that make a usual one
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # steps
 TRUSTED = 128  # steps without a loss, after which the next pause is the first again
 TRY_SHARE = 0.006  # of time, for what is not in use
-FIRST_STEPS = 3.0  # of time, given beforehand: what is new is unknown
-MOST_SAVED = 300  # steps, whose share is kept at most
+MOST_SAVED = 300  # steps, whose share is kept at most, and given beforehand: all is unknown then
 
 
 class Guard:
@@ -28,7 +27,7 @@ class Guard:
         self.shut_at = 0
         self.num_shut = 0
         self._tokens = self._seconds = self._plain_tokens = self._plain_seconds = 0.0
-        self._lost = self._usual_s = 0.0
+        self._lost = self._usual = 0.0
         self._count = 0
 
     @property
@@ -51,20 +50,21 @@ class Guard:
         self._shut_until = 0
 
     def observe(
-        self, step: int, tokens: int, seconds: float, plain_tokens: int, plain_seconds: float
+        self, step: int, tokens: float, seconds: float, plain_tokens: int, plain_seconds: float
     ) -> None:
         """A step that speculated, beside the same step without."""
         if not plain_tokens or self.is_shut(step):
             return
         if self._count >= FEWEST:
-            seconds = min(seconds, HICCUP * self._usual_s)
-        self._usual_s += 0.1 * (seconds - self._usual_s) if self._usual_s else seconds
+            seconds = min(seconds, HICCUP * self._usual * plain_seconds)
+        taken = seconds / plain_seconds
+        self._usual += 0.1 * (taken - self._usual) if self._usual else taken
         keep = 1.0 - 1.0 / WINDOW
         self._tokens = keep * self._tokens + tokens
         self._seconds = keep * self._seconds + seconds
         self._plain_tokens = keep * self._plain_tokens + plain_tokens
         self._plain_seconds = keep * self._plain_seconds + plain_seconds
-        lost = seconds / plain_seconds - tokens / plain_tokens
+        lost = taken - tokens / plain_tokens
         self._lost = max(keep * self._lost + lost, -MOST_GAINED)
         self._count += 1
         if self._lost > MOST_LOST:
@@ -88,7 +88,7 @@ class Guard:
 
     def _forget(self) -> None:
         self._tokens = self._seconds = self._plain_tokens = self._plain_seconds = 0.0
-        self._lost = self._usual_s = 0.0
+        self._lost = self._usual = 0.0
         self._count = 0
 
 
@@ -115,10 +115,8 @@ class Purse:
         decoding_s = step_s if decoding_s is None else decoding_s
         self._step_s += 0.1 * (decoding_s - self._step_s) if self._step_s else decoding_s
         if self._is_new:
-            self._is_new = False
-            self.seconds = FIRST_STEPS * decoding_s
-        most = MOST_SAVED * TRY_SHARE * self._step_s
-        self.seconds = min(self.seconds, most) + TRY_SHARE * step_s
+            self._is_new, self.seconds = False, self._most
+        self.seconds = min(self.seconds, self._most) + TRY_SHARE * step_s
 
     def pays(self, seconds: float) -> bool:
         """Takes the expected price of a trial if it can be paid."""
@@ -131,12 +129,15 @@ class Purse:
     def settle(self, seconds: float) -> None:
         """What the trial that was just paid for has really lost; that is what it costs."""
         if self._paid is not None:
-            most = max(MOST_SAVED * TRY_SHARE, FIRST_STEPS) * self._step_s
             seconds = min(seconds, max(HICCUP * self._paid, self._step_s))
-            self.seconds = min(self.seconds - seconds + self._paid, most)
+            self.seconds = min(self.seconds - seconds + self._paid, self._most)
             self._paid = None
 
     @property
     def is_open(self) -> bool:
         """Whether a trial was paid for whose loss is not known yet."""
         return self._paid is not None
+
+    @property
+    def _most(self) -> float:
+        return MOST_SAVED * TRY_SHARE * self._step_s

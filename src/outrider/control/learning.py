@@ -10,7 +10,7 @@ from outrider.control.guard import Guard, Purse
 from outrider.control.minds import Mind, Minds
 from outrider.control.schedule import Schedule
 from outrider.sequence import Sequence
-from outrider.step import Commit, RowPlan
+from outrider.step import Commit, DraftTree, RowPlan
 
 WARM_UP = 64  # steps whose times are all learned from; then every few, for learning takes time too
 EVERY, EVERY_PLAIN = 4, 16  # steps with and without drafts, at least
@@ -44,6 +44,7 @@ class Lessons:
     Attributes:
         step: steps seen so far. step_s: seconds of a step of late.
         is_priced: whether prices were there from the start.
+        is_awaited: whether somebody with a target for its first token waits for it.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -55,8 +56,10 @@ class Lessons:
         self.step = 0
         self.step_s = 0.0
         self.is_priced = False
-        self._plain_size = self._plain_at = 0
-        self._plain_s = 0.0
+        self.is_awaited = False
+        self._plain_size = 0, 0
+        self._plain_at = 0
+        self._plain_s = self._decoding_share = 0.0
         self._unpaid_s = 0.0  # of reading what drafters had to catch up with
         self._clock: Callable[[], float] = facts.clock or (lambda: 0.0)
         self._times = {  # to learn from, by whether a step drafts
@@ -64,7 +67,12 @@ class Lessons:
             False: Schedule(LEARNING_SHARE, EVERY_PLAIN, MAX_INTERVAL),
         }
 
-    def observe(self, step: Step) -> None:
+    def observe(self, step: Step, *, is_judged: bool = True) -> None:
+        """One step of the engine.
+
+        Args:
+            is_judged: whether its drafts have to pay for themselves.
+        """
         self.step += 1
         self.minds.now = self.step
         seen = self._learn_acceptance(step)
@@ -76,7 +84,7 @@ class Lessons:
             self.purse.earn(times.total, self._decoding_s(times, seen))
         if self.is_warming_up or self.step >= self._times[bool(seen.drafted)].due_at:
             self._learn_times(step, times, seen.drafted)
-        if seen.drafted and seen.is_ours and not self.purse.is_open:
+        if is_judged and seen.drafted and seen.is_ours and not self.purse.is_open:
             self._weigh(step, times, seen)
 
     @property
@@ -97,12 +105,14 @@ class Lessons:
     def _learn_acceptance(self, step: Step) -> Seen:
         drafted: dict[str, DraftCounts] = {}
         num_rows = num_tokens = num_emitting = 0
-        is_ours = True
+        is_ours, self.is_awaited = True, False
         for row, part, commit in zip(step.batch.rows, step.plan, step.commits, strict=True):
             num_rows += row.num_tokens
             if commit.tokens:
                 num_tokens += len(commit.tokens)
                 num_emitting += 1
+            elif row.seq.speculation.ttft_s is not None and not row.seq.num_generated:
+                self.is_awaited = self.is_awaited or commit.finish_reason is None
             if part.num_nodes:
                 is_ours = is_ours and row.seq.speculation.policy == OURS
                 if not commit.error:
@@ -116,7 +126,7 @@ class Lessons:
         mind = self.minds.of(seq)
         found = mind.experience.get(drafter)
         if found is not None:
-            reached = num_drafted if part.width == 1 else part.depth
+            reached = num_drafted if part.width == 1 else _deepest(commit.tree)
             found.observe(part.depth, reached, len(commit.accepted), self.step)
         if part.stop is not None and commit.tree.confidence:
             self.confidence_of(drafter, mind).observe_draft(
@@ -157,18 +167,25 @@ class Lessons:
         """
         if self.cost.passes.num_timings < FEWEST:
             return
-        if self._plain_size != seen.num_rows or self.step - self._plain_at >= EVERY_PLAIN:
-            self._plain_size, self._plain_at = seen.num_rows, self.step
-            self._plain_s = self.cost.step(self._counts(step, drafts=False))
+        size = seen.num_rows, seen.num_emitting
+        if self._plain_size != size or self.step - self._plain_at >= EVERY_PLAIN:
+            self._plain_size, self._plain_at = size, self.step
+            plain = self._counts(step, drafts=False)
+            self._plain_s = self.cost.step(plain)
+            bare = plain._replace(num_rows=seen.num_emitting, visits=0)
+            self._decoding_share = min(self.cost.step(bare) / self._plain_s, 1.0)
+        # A token more spares a step of decoding, not the prompts that this step has read.
+        gained = self._decoding_share * (seen.num_tokens - seen.num_emitting)
         seconds = times.total + self._spread(seen.drafted)
-        self.guard.observe(self.step, seen.num_tokens, seconds, seen.num_emitting, self._plain_s)
+        tokens = seen.num_emitting + gained
+        self.guard.observe(self.step, tokens, seconds, seen.num_emitting, self._plain_s)
 
     def _spread(self, drafted: dict[str, DraftCounts]) -> float:
         """Seconds to add to a step, so that reading a prompt counts for all drafts that follow."""
         entry = 0.0
         for drafter, counts in drafted.items():
             if counts.lag:
-                entry += counts.lag * max(self.cost.draft_cost(drafter).prices[4], 0.0)
+                entry += counts.lag * self.cost.draft_cost(drafter).prices[4]
         self._unpaid_s += entry
         due = self._unpaid_s / CATCH_UP_STEPS
         self._unpaid_s -= due
@@ -205,6 +222,13 @@ class Lessons:
             if seq.request.sampling.temperature > 0.0:
                 num_drawn += emits + drafted
         return PassCounts(num_rows, context, visits, num_emitting, num_drawn, num_nodes)
+
+
+def _deepest(tree: DraftTree) -> int:
+    depths: list[int] = []
+    for parent in tree.parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 1)
+    return max(depths, default=0)
 
 
 def _emitted(step: Step) -> tuple[int, int]:

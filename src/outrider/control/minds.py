@@ -21,6 +21,7 @@ class Mind:
         experience: by drafter.
         born: step of the policy at which it began.
         drafted_at: by drafter, length of the token log when it last drafted.
+        num_preemptions: of the sequence by then; after one more it is new to its drafters.
     """
 
     __slots__ = (
@@ -32,16 +33,16 @@ class Mind:
         "drafted_at",
         "experience",
         "is_new",
-        "keeper",
         "kind",
+        "num_preemptions",
         "stop",
     )
 
     def __init__(
-        self, keeper: "Minds", experience: dict[str, Experience], born: int, kind: str
+        self, experience: dict[str, Experience], born: int, kind: str, num_preemptions: int = 0
     ) -> None:
-        self.keeper = keeper
         self.kind = kind
+        self.num_preemptions = num_preemptions
         self.stop: StopRule | None = None
         self.is_new = True
         self._plan = PLAIN
@@ -84,12 +85,16 @@ class Minds:
 
     def of(self, seq: Sequence) -> Mind:
         """A new one starts with what its kind and its request's past have seen."""
-        mind = seq.policy_state
-        if isinstance(mind, Mind) and mind.keeper is self:
+        mind: Mind | None = seq.policy_state.get(self)
+        if mind is not None:
+            if mind.num_preemptions != seq.num_preemptions:  # drafters forgot it, too
+                mind.num_preemptions = seq.num_preemptions
+                mind.drafted_at.clear()
             return mind
         drafters = [candidate.drafter for candidate in seq.speculation.candidates]
         experience = {name: Experience(self.common(seq, name)) for name in drafters}
-        mind = seq.policy_state = Mind(self, experience, self.now, _way_of_sampling(seq))
+        way, preempted = _way_of_sampling(seq), seq.num_preemptions
+        mind = seq.policy_state[self] = Mind(experience, self.now, way, preempted)
         _remember(mind, seq)
         return mind
 

@@ -10,7 +10,9 @@ SOON = 1e-4  # seconds: the least that a step may be asked to end in
 GRAIN = 1.02  # misses closer than this are equal
 
 
-def misses_of(rooms: Items[Room], ladders: Items[Ladder], load: Load, now: float) -> Misses | None:
+def misses_of(
+    rooms: Items[Room], ladders: Items[Ladder], load: Load, now: float, prompt_s: float
+) -> Misses | None:
     """By how much a choice misses the targets; None where there are none.
 
     A request's time per token is the step's time over the tokens that it is expected to be given.
@@ -18,7 +20,7 @@ def misses_of(rooms: Items[Room], ladders: Items[Ladder], load: Load, now: float
     in time; plain steps may come too late already, which no draft makes good.
 
     Args:
-        now: seconds on the engine's clock.
+        now: seconds on the engine's clock. prompt_s: of the step, for its prompt tokens.
     """
     if not has_targets(rooms, load):
         return None
@@ -29,20 +31,20 @@ def misses_of(rooms: Items[Room], ladders: Items[Ladder], load: Load, now: float
     ]
     left = min(
         (
-            (seq.arrived_s + seq.speculation.ttft_s - now) / _steps(tokens_left, load.num_prompt)
-            for seq, tokens_left in load.prefilling
-            if seq.speculation.ttft_s is not None
+            (due_s - now) / _steps(tokens_left, load.num_prompt)
+            for due_s, tokens_left in awaited(load)
         ),
         default=None,
     )
 
     def misses(chosen: Chosen) -> float:
+        seconds = chosen.seconds + prompt_s
         found = [
-            chosen.seconds / (target * _expected(ladders[index], chosen.depths[index]))
+            seconds / (target * _expected(ladders[index], chosen.depths[index]))
             for index, target in paced
         ]
         if left is not None:
-            found.append(chosen.seconds / max(left, SOON))
+            found.append(seconds / max(left, SOON))
         return max(1.0, GRAIN ** round(math.log(max(found), GRAIN)))
 
     return misses
@@ -50,9 +52,16 @@ def misses_of(rooms: Items[Room], ladders: Items[Ladder], load: Load, now: float
 
 def has_targets(rooms: Items[Room], load: Load) -> bool:
     """Whether anybody has asked for one that this step bears on."""
-    return any(room.seq.speculation.tpot_s is not None for room in rooms) or any(
-        seq.speculation.ttft_s is not None for seq, _ in load.prefilling
-    )
+    return any(room.seq.speculation.tpot_s is not None for room in rooms) or bool(awaited(load))
+
+
+def awaited(load: Load) -> list[tuple[float, int]]:
+    """First tokens with a target that are still to come: when due, and prompt tokens left."""
+    return [
+        (seq.arrived_s + seq.speculation.ttft_s, tokens_left)
+        for seq, tokens_left in load.prefilling
+        if seq.speculation.ttft_s is not None and not seq.num_generated and not seq.is_finished
+    ]
 
 
 def _expected(ladder: Ladder, depth: int) -> float:

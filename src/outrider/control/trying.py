@@ -91,12 +91,12 @@ class Trials:
     def _hope(self, scene: Scene, thought: Thought) -> Hope | None:
         rooms, minds, load, _, _ = scene
         ladders = self._decider.ladders(rooms, minds)
-        misses = self._decider.misses(rooms, ladders, load)
+        misses = self._decider.misses(rooms, ladders, load, scene.price)
         price = self._decider.price(rooms, load, hopeful=True)
         better = self._decider.ladders(rooms, minds, hopeful=True)
         best = allocate(better, scene.plain.tokens, price, misses)
         present = evaluate(better, thought.chosen.depths, scene.plain.tokens, price)
-        if best.goodput <= HOPE_MARGIN * present.goodput:
+        if not any(best.depths) or best.goodput <= HOPE_MARGIN * present.goodput:
             return None
         hoped = self._affordable(scene, ladders, best.depths, thought)
         real = evaluate(ladders, hoped.depths, scene.plain.tokens, scene.price)
@@ -117,7 +117,7 @@ class Trials:
             used = [row for row in dearest if depths[row]]
             again = lost
             lost += (CATCH_UP_STEPS - 1) * sum(ladders[row].entry for row in used)
-            if lost <= self._lessons.purse.seconds or (max(depths) <= 1 and len(used) == 1):
+            if lost <= self._lessons.purse.seconds or (max(depths) <= 1 and len(used) <= 1):
                 return Hope(depths, lost, again)
             if max(depths) > TRIAL_DEPTH or len(used) == 1:
                 depths = [(depth + 1) // 2 for depth in depths]
@@ -195,7 +195,8 @@ class Trials:
             return False
         if not has_targets(rooms, load):
             return False
-        misses = self._decider.misses(rooms, self._decider.ladders(rooms, minds), load)
+        price, ladders = self._decider.price(rooms, load), self._decider.ladders(rooms, minds)
+        misses = self._decider.misses(rooms, ladders, load, price)
         depths, tokens, usual = thought.chosen
         return misses is not None and misses(Chosen(depths, tokens, usual + seconds)) > 1.0
 
