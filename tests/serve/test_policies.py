@@ -64,7 +64,7 @@ async def test_the_policy_in_force_is_told(client, path, given, told):
         ({"policy": "fixed", "slo": {"tpot_ms": 5}}, "keeps no latency targets"),
         ({"policy": "adaptive", "slo": {"tpot_ms": 0}}, "milliseconds above 0"),
         ({"policy": "adaptive", "slo": {"tpot": 5}}, "must be tpot_ms or ttft_ms"),
-        ({"policy": "adaptive", "policy_options": {"table": "1-:2"}}, "has no options"),
+        ({"policy": "adaptive", "policy_options": {"table": "1-:2"}}, "unknown policy_options key"),
         ({"policy": "table", "policy_options": {"table": "x"}}, "is not FROM-TO:K"),
     ],
     ids=str,
