@@ -17,7 +17,7 @@ from outrider.models.runner import Piece, Runner
 from outrider.registry import DRAFTERS
 from outrider.request import Option, Request, SamplingParams, Speculation, SpeculationParams
 from outrider.sequence import Sequence
-from outrider.step import EMPTY_TREE, DraftTree, Row, RowPlan
+from outrider.step import EMPTY_TREE, DraftTree, Row, RowPlan, StopRule
 from outrider.testing import ScriptedDrafter, events, junk, run, tiny_decoder, tiny_engine
 
 OFF = SpeculationParams(method="off")
@@ -304,3 +304,17 @@ def test_completions_of_one_prompt():
     sampling = SamplingParams(max_tokens=24, temperature=1.0, n=3, ignore_eos=True)
     expected = run(tiny_engine(), requests(sampling, OFF, 2))
     assert run(engine(), requests(sampling, cascade(), 2)) == expected
+
+
+def test_a_rule_that_ends_chains_reaches_the_part_that_drafts():
+    asked = []
+
+    def propose(seq, plan):
+        asked.append(plan.stop)
+        return EMPTY_TREE
+
+    part, rule = ScriptedDrafter(propose), StopRule(0.3, 1.0, 0.0)
+    whole = CascadeDrafter({part.name: part})
+    row = Row(sequence("s", (part.name,)), 1, 3)
+    whole.draft([row], [RowPlan("cascade", 3, 1, 3, rule)])
+    assert asked == [rule]

@@ -38,7 +38,9 @@ class AdaptivePolicy:
     name = "adaptive"
     needs_clock = True
     options: Mapping[str, Option] = {
-        "confidence": Option(False, "end a chain where the draft model is no longer sure of it")
+        "confidence": Option(
+            False, "end chains of a draft model where it is no longer sure; for no others"
+        )
     }
     lessons: Lessons
     _decider: Decider

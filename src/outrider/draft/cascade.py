@@ -139,7 +139,7 @@ class CascadeDrafter:
         part = self._drafters[name]
         return part.draft(
             rows,
-            [RowPlan(name, p.depth, _width(part, p.width), p.num_nodes) for p in plan],
+            [RowPlan(name, p.depth, _width(part, p.width), p.num_nodes, p.stop) for p in plan],
         )
 
     def _settles(self, name: str, seq: Sequence, tree: DraftTree) -> bool:
