@@ -1,7 +1,7 @@
 """What one verb hands the next: Row, Batch, Plan, DraftTree, TargetOutput, Verdict, Commit.
 
 Shape legend: N rows of one forward pass (all sequences), M nodes of one draft tree, V vocabulary,
-D hidden width.
+D hidden width, A boundaries between layers of the target.
 """
 
 import math
@@ -215,6 +215,26 @@ def _chain_parents(length: int) -> tuple[int, ...]:
 EMPTY_TREE = DraftTree()
 
 
+class States(NamedTuple):
+    """Hidden states of the target in one pass, handed out because a drafter reads them.
+
+    Attributes:
+        boundaries: which, rising: 0 is the embedding, j the residual stream before layer j, the
+            last one the state before the final norm.
+        tapped_AND: by boundary, all rows of the pass; per batch row its committed tokens and then
+            its draft nodes, in batch order.
+        start: per batch row, where its rows begin.
+        num_chain: per batch row, how many committed tokens were run.
+        num_cached: per batch row, position of the first of them.
+    """
+
+    boundaries: tuple[int, ...]
+    tapped_AND: torch.Tensor
+    start: list[int]
+    num_chain: list[int]
+    num_cached: list[int]
+
+
 class TargetOutput(NamedTuple):
     """What the target said in one pass.
 
@@ -224,11 +244,13 @@ class TargetOutput(NamedTuple):
         first: per batch row, where its logits begin in `logits_NV`; -1 if it asked for none.
         argmax_N: argmax token of each row of `logits_NV`, on the host; -1 where the logits are no
             numbers.
+        states: where a drafter that is in use asked for some.
     """
 
     logits_NV: torch.Tensor
     first: list[int]
     argmax_N: list[int]
+    states: States | None = None
 
 
 class Verdict(NamedTuple):

@@ -127,3 +127,14 @@ def test_saved_and_loaded_it_forecasts_alike():
     feed(experience, 0.6, 10)
     other.load(experience.to_json())
     assert other.forecast(4, 10).stands == pytest.approx(experience.forecast(4, 10).stands)
+
+
+def test_what_was_loaded_keeps_its_rate_and_is_soon_outweighed():
+    experience, other = Experience(), Experience()
+    feed(experience, 0.6, 400)
+    other.load(experience.to_json())
+    rate = experience.forecast(1, 400).stands[0]
+    assert other.forecast(1, 0).stands[0] == pytest.approx(rate, abs=0.03)
+    for step in range(60):
+        other.observe(1, 1, 0, step)
+    assert other.forecast(1, 60).stands[0] < 0.3

@@ -1,5 +1,6 @@
 """The adaptive policy on machines on paper, against plain decoding and against every fixed K."""
 
+import json
 import random
 
 import pytest
@@ -307,8 +308,11 @@ def test_it_tells_why():
 def test_prices_of_another_form_change_nothing():
     policy = warm_policy()
     before = policy.prices()
-    for wrong in ({}, {"format": 99}, {**before, "passes": {}}, {**before, "drafts": {"m": 3}}):
-        with pytest.raises(ValueError, match=r"format|no cost model|rows|prices"):
+    seen = {"drafter": "m", "temperature_up_to": "0", "reach": [[1, 0]], "stand": [[-1, 2]]}
+    wrongs = [{}, {"format": 99}, {**before, "passes": {}}, {**before, "drafts": {"m": 3}}]
+    wrongs += [{**before, "acceptance": wrong} for wrong in (3, [3], [{}], [seen])]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=r"format|no cost model|rows|prices|no experience"):
             policy.take_prices(wrong)
         assert policy.prices() == before
 
@@ -317,8 +321,21 @@ def test_texts_are_forgotten_and_prices_kept():
     _, policy = adaptive("gpu", lambda step: Terms(4, {"m": 0.8}), 100)
     before = policy.prices()
     policy.forget_texts()
-    assert policy.prices() == before
+    assert policy.prices() == {**before, "acceptance": []}
     assert policy.explain()["acceptance"] == []
+
+
+def test_what_another_run_saw_of_drafts_is_a_start():
+    """Where drafts never stand, somebody who was told so loses less on them at first."""
+
+    def terms(step):
+        return Terms(4, {"m": 0.05})
+
+    first, told = adaptive("cpu", terms, 400, PRICES["cpu"])
+    second, _ = adaptive("cpu", terms, 60, json.loads(json.dumps(told.prices())))
+    untold, _ = adaptive("cpu", terms, 60, PRICES["cpu"])
+    assert second.over_plain() > untold.over_plain()
+    assert first.over_plain() > 0.97
 
 
 def test_it_opens_again_beside_prompts_in_every_step():

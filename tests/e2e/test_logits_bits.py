@@ -69,8 +69,10 @@ class Witness:
         engine.runner.forward = self.forward
         engine.committer.commit = self.commit
 
-    def forward(self, batch: Batch, drafts: list[DraftTree]) -> TargetOutput:
-        output = self._forward(batch, drafts)
+    def forward(
+        self, batch: Batch, drafts: list[DraftTree], taps: tuple[int, ...] = ()
+    ) -> TargetOutput:
+        output = self._forward(batch, drafts, taps)
         self._logits_NV = output.logits_NV.clone()
         return output
 

@@ -423,8 +423,8 @@ def test_a_row_of_no_numbers_ends_that_request_alone(verifier, monkeypatch):
     engine = tiny_engine(draft_noise=0.01)
     forward = engine.runner.forward
 
-    def broken(batch, drafts):
-        output = forward(batch, drafts)
+    def broken(batch, drafts, taps=()):
+        output = forward(batch, drafts, taps)
         nothing_NV = torch.full_like(output.logits_NV, float("nan"))
         return output._replace(logits_NV=nothing_NV, argmax_N=[-1] * len(output.argmax_N))
 

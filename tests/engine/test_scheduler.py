@@ -335,9 +335,9 @@ def test_in_an_engine_rows_never_exceed_the_budget():
     sizes = []
     forward = engine.runner.run
 
-    def noted(pieces):
+    def noted(pieces, taps=()):
         sizes.append(sum(len(piece.chain) + len(piece.tree) for piece in pieces))
-        return forward(pieces)
+        return forward(pieces, taps)
 
     engine.runner.run = noted
     asked = [

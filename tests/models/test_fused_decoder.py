@@ -58,7 +58,11 @@ def decoder_of(config_class: str, options: dict[str, Any], ops: Ops, scheme: str
 
 def by_layer(decoder: Decoder) -> Any:
     """A network that runs one operation at a time."""
-    return SimpleNamespace(spec=decoder.spec, ops=decoder.ops, forward=decoder.forward_by_layer)
+
+    def forward(*args: Any) -> Tensor:
+        return decoder.forward_by_layer(*args).logits_RV
+
+    return SimpleNamespace(spec=decoder.spec, ops=decoder.ops, forward=forward)
 
 
 def answers(network: Any) -> tuple[list[Tensor], list[Tensor]]:

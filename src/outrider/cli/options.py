@@ -22,7 +22,8 @@ DraftModel: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--draft-model",
-        help='Smaller model, best of the same vocabulary; "off" declines the demo\'s own.',
+        help="Smaller model, best of the same vocabulary, or a draft head of the model (EAGLE, "
+        'Medusa, ...; "native" for modules in its own files); "off" declines the demo\'s own.',
     ),
 ]
 SpeculationJSON: TypeAlias = Annotated[

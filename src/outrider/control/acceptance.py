@@ -24,6 +24,7 @@ MEMORY_OF_ALL = 250.0  # observations after which one counts 1/e
 MEMORY_OF_ONE = 40.0  # likewise for one sequence
 SURPRISE = 0.002  # probability of refusals in a row at which a sequence is taken for changed
 SURPRISE_WEIGHT = 2.0  # of each of them from then on
+SAVED_WEIGHT = 30.0  # most observations that what another run saw counts for
 SILENCE_OF_ONE = 150.0  # steps without a draft after which what a sequence has seen counts 1/e
 
 
@@ -193,10 +194,13 @@ class Experience:
         return {"reach": self._reach, "stand": self._stand}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Starts from saved counts, which new ones soon outweigh."""
+        """Starts from saved counts, which new ones soon outweigh: other texts may come.
+
+        Raises:
+            KeyError, TypeError, ValueError: `to_json` did not write them.
+        """
         self._reach, self._stand = (
-            [[min(float(n), 20.0) for n in cell] for cell in saved[key]]
-            for key in ("reach", "stand")
+            [_scaled(cell, SAVED_WEIGHT) for cell in saved[key]] for key in ("reach", "stand")
         )
         self._kept.clear()
 
@@ -256,3 +260,12 @@ class Experience:
             most = (self.own_weight + 1.0) * (self._num_sequences + 1.0)  # for sequences differ
             found = [(guess, 1.0 / (1.0 / behind + 1.0 / most)) for guess, behind in found]
         return found
+
+
+def _scaled(cell: Items[float], most: float) -> list[float]:
+    """Counts of what held and what did not, at the same rate, for `most` observations at most."""
+    held, failed = (float(number) for number in cell)
+    if not 0.0 <= held < math.inf or not 0.0 <= failed < math.inf:
+        raise ValueError(f"counts {held:g} and {failed:g}")
+    share = min(1.0, most / (held + failed)) if held + failed else 0.0
+    return [share * held, share * failed]

@@ -14,7 +14,7 @@ from typing import Any, Self
 from outrider.control.base import PLAIN, Balance, Facts, Load, Room, Step
 from outrider.control.deciding import Decider
 from outrider.control.learning import Lessons
-from outrider.control.minds import Mind
+from outrider.control.minds import Mind, Minds
 from outrider.control.schedule import Schedule
 from outrider.control.targets import awaited
 from outrider.control.trying import Trials
@@ -128,12 +128,18 @@ class AdaptivePolicy:
         }
 
     def prices(self) -> dict[str, Any]:
-        """What passes and drafting cost here, to be saved."""
-        return self.lessons.cost.to_json()
+        """What passes and drafting cost here, and how far drafts stood, to be saved."""
+        return {**self.lessons.cost.to_json(), "acceptance": self.lessons.minds.to_json()}
 
     def take_prices(self, saved: dict[str, Any]) -> None:
-        """Starts from saved prices; ValueError where they are of another form."""
+        """Starts from saved prices, and from acceptance as far as a few drafts would tell of it.
+
+        Raises:
+            ValueError: they are of another form; then nothing changed.
+        """
+        acceptance = Minds.read(saved.get("acceptance", []))
         self.lessons.cost.load(saved)
+        self.lessons.minds.shared.update(acceptance)
         self.lessons.is_priced = True
 
     def forget_texts(self) -> None:

@@ -1,5 +1,7 @@
 """Minds: what the adaptive policy keeps for each sequence, and what all of a kind have seen."""
 
+from typing import Any
+
 from outrider.control.acceptance import Experience
 from outrider.control.base import PLAIN, Room
 from outrider.sequence import Sequence
@@ -104,6 +106,28 @@ class Minds:
         if key not in self.shared:
             self.shared[key] = Experience()
         return self.shared[key]
+
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What all have seen, to be saved."""
+        saved = [
+            {"drafter": drafter, "temperature_up_to": kind, **found.to_json()}
+            for (drafter, kind), found in self.shared.items()
+        ]
+        return [entry for entry in saved if entry["stand"]]
+
+    @staticmethod
+    def read(saved: Any) -> dict[tuple[str, str], Experience]:
+        """What `to_json` wrote. ValueError where it did not."""
+        found: dict[tuple[str, str], Experience] = {}
+        try:
+            for entry in saved:
+                experience = Experience()
+                experience.load(entry)
+                found[str(entry["drafter"]), str(entry["temperature_up_to"])] = experience
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no experience of drafts: {error}") from None
+        return found
 
 
 def _way_of_sampling(seq: Sequence) -> str:

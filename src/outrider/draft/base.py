@@ -1,11 +1,14 @@
 """What every drafter offers the engine, and what it may ask for."""
 
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Callable, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
+from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
+from outrider.models.base import KVShape
+from outrider.models.heads.spec import Head
 from outrider.models.runner import Runner
 from outrider.request import Candidate, Option, Options, Speculation
 from outrider.sequence import Sequence
@@ -53,6 +56,8 @@ class Surroundings:
         draft: the draft model, if one is loaded. Its pool serves one drafter.
         shares_vocabulary: whether token ids mean the same in both.
         datastore: folder written by `outrider index build`, for retrieval from a corpus.
+        heads: draft heads trained on top of the target, by the name of the drafter that runs them.
+        make_pool: a KV pool of these shapes for a head, with as many blocks as the target's.
         drafters: those built so far, by name, for drafters that compose others.
     """
 
@@ -60,6 +65,8 @@ class Surroundings:
     draft: ModelParts | None = None
     shares_vocabulary: bool = True
     datastore: str | None = None
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    make_pool: "Callable[[tuple[KVShape, ...]], tuple[KVPool, BlockManager]] | None" = None
     drafters: Mapping[str, "Drafter"] = field(default_factory=dict)
 
 
@@ -67,6 +74,8 @@ class Surroundings:
 NEEDS = (
     "logits",  # of the target's rows, in `observe`
     "target layers",  # to run some of the target's own, over its KV
+    "target states",  # hidden states of the target's rows, in `observe`
+    "head",  # trained on top of the target
     "draft model",  # of the target's vocabulary
     "draft model of another vocabulary",
     "datastore",
@@ -182,6 +191,30 @@ class OffersChoice(Protocol):
 
         Args:
             num_draft_tokens: K where the request says; else each has its own, times `factor`.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsStates(Protocol):
+    """A drafter that reads hidden states of the target.
+
+    Attributes:
+        boundaries: which, rising (see `step.States`). While a sequence is open with it, `observe`
+            finds them, perhaps among others, in the output's `states`.
+    """
+
+    boundaries: tuple[int, ...]
+
+
+@runtime_checkable
+class MissesFeatures(Protocol):
+    """A drafter that loses by a cached prefix of the target whose features are gone."""
+
+    def first_missing(self, seq: Sequence) -> int | None:
+        """Position from which on the target should run the tokens of a sequence that begins.
+
+        None where it may start behind all that it finds cached.
         """
         ...
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence as Items
 
-from outrider.draft.base import NEEDS, Drafter
+from outrider.draft.base import NEEDS, Drafter, MissesFeatures, ReadsStates
 from outrider.errors import ConfigError
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Batch, Commit, DraftTree, Plan, TargetOutput
@@ -19,11 +19,14 @@ class Drafters:
     def __init__(self, drafters: Items[Drafter]) -> None:
         self._by_name: dict[str, Drafter] = {}
         self._num_open: Counter[str] = Counter()
+        self._taps: dict[str, tuple[int, ...]] = {}
         for drafter in drafters:
             _check_needs(drafter)
             if drafter.name in self._by_name:
                 raise ConfigError(f"two drafters are named {drafter.name!r}: leave one out")
             self._by_name[drafter.name] = drafter
+            if isinstance(drafter, ReadsStates):
+                self._taps[drafter.name] = drafter.boundaries
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -33,6 +36,27 @@ class Drafters:
 
     def names(self) -> list[str]:
         return list(self._by_name)
+
+    def taps(self) -> tuple[int, ...]:
+        """Boundaries between the target's layers that drafters in use now want to see, rising."""
+        wanted: set[int] = set()
+        for name, boundaries in self._taps.items():
+            if self._num_open[name]:
+                wanted.update(boundaries)
+        return tuple(sorted(wanted)) if wanted else ()
+
+    def first_missing(self, seq: Sequence) -> int | None:
+        """Position from which on a sequence that begins should be run, whatever is cached of it.
+
+        None where its drafters do not mind.
+        """
+        found = [
+            position
+            for name in _names(seq)
+            if isinstance(drafter := self._by_name[name], MissesFeatures)
+            and (position := drafter.first_missing(seq)) is not None
+        ]
+        return min(found, default=None)
 
     def draft(self, batch: Batch, plan: Plan) -> list[DraftTree]:
         """One tree per row of the batch, empty for plain decoding."""

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from outrider.draft.base import NEEDS, Drafter, ModelParts, Surroundings, Warmth
 from outrider.engine.calibrate import load_prices
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
+from outrider.engine.heads import head_fingerprint, is_head, load_heads
 from outrider.errors import ConfigError, PairError, RequestError, TokenizerError, unknown
-from outrider.models.base import ModelSpec, Network
+from outrider.models.base import KVShape, ModelSpec, Network
 from outrider.models.hub import resolve
 from outrider.models.network import load_network
 from outrider.models.runner import Runner
@@ -41,7 +43,10 @@ class LoadConfig:
     Attributes:
         model: a hub id, a folder, or "demo".
         draft_model: likewise; None loads none, except that "demo" brings its own ("off" declines
-            it). One of another vocabulary drafts through `translate`.
+            it). One of another vocabulary drafts through `translate`. A draft head may be named
+            here, too, or "native" for modules in the target's own files.
+        heads: draft heads trained on top of the target: folders, hub ids, or "native". Requests
+            draft with the draft model where there is one, else with the first of these.
         drafters: further drafters by registered name; None is all that can be had here.
         drafter_settings: by drafter, what it is made with, as in
             {"suffix": {"max_shared_tokens": 200_000}}: memory and the like, which requests share.
@@ -68,6 +73,7 @@ class LoadConfig:
 
     model: str
     draft_model: str | None = None
+    heads: tuple[str, ...] = ()
     drafters: tuple[str, ...] | None = None
     drafter_settings: Settings = field(default_factory=dict)
     dtype: str = "auto"
@@ -95,7 +101,7 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
         ConfigError, ModelError: with the value at fault and what to do.
     """
     config = EngineConfig.from_dict(options)
-    draft_name = _draft_name(load)
+    draft_name, head_names = _draft_names(load)
     for quantization in (load.quantization, load.draft_quantization):
         find_scheme(quantization)  # a slip is told before gigabytes are fetched
     _check_settings(load.drafter_settings)
@@ -107,27 +113,35 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     surroundings = Surroundings(
         target=ModelParts(runner=runner, manager=manager, tokenizer=tokenizer),
         datastore=load.datastore,
+        heads=load_heads(head_names, load.model, target, load.revision),
+        make_pool=partial(_head_pool, runner, manager),
     )
-    default_drafter = ""
+    default_drafter = next(iter(surroundings.heads), "")
     if draft_name:
         surroundings = _with_draft(load, draft_name, surroundings, config)
         default_drafter = MODEL_DRAFTER if surroundings.shares_vocabulary else TRANSLATOR
-    draft = surroundings.draft
     engine = Engine(
         runner,
         manager,
         config,
-        drafters=_drafters(load, surroundings, default_drafter),
+        drafters=_drafters(load, surroundings, {default_drafter, *surroundings.heads} - {""}),
         default_drafter=default_drafter,
         tokenizer=tokenizer,
         grammars=_grammars(tokenizer, target.spec),
         draft_model=draft_name,
         controller=make_controller(max_model_len, _facts(target.spec), load.policy),
         clock=time.perf_counter,
-        draft_fingerprint=draft.runner.network.spec.fingerprint if draft else "",
+        draft_fingerprint=_draft_fingerprint(surroundings),
     )
     engine.has_prices = load_prices(engine)
     return engine, tokenizer
+
+
+def _draft_fingerprint(surroundings: Surroundings) -> str:
+    """Of all weights that draft."""
+    draft = surroundings.draft
+    parts = [draft.runner.network.spec.fingerprint] if draft else []
+    return "+".join([*parts, *map(head_fingerprint, surroundings.heads.values())])
 
 
 def _facts(spec: ModelSpec) -> Facts:
@@ -150,12 +164,24 @@ def speculation_params(values: str | Mapping[str, Any] | SpeculationParams) -> S
     return SpeculationParams.from_dict(values)
 
 
-def _draft_name(load: LoadConfig) -> str:
+def _draft_names(load: LoadConfig) -> tuple[str, tuple[str, ...]]:
+    """The draft model, "" for none, and the heads; one that was named as draft model comes first."""
     if load.draft_model == OFF:
-        return ""
+        return "", load.heads
     if load.draft_model is None:
-        return DEMO_DRAFT if load.model == DEMO else ""
-    return load.draft_model
+        return DEMO_DRAFT if load.model == DEMO and not load.heads else "", load.heads
+    if is_head(load.draft_model):
+        return "", (load.draft_model, *load.heads)
+    return load.draft_model, load.heads
+
+
+def _head_pool(
+    runner: Runner, manager: BlockManager, kv_shapes: tuple[KVShape, ...]
+) -> tuple[KVPool, BlockManager]:
+    """As many blocks as the target has; a head has few layers, so they are small."""
+    spec, size = runner.network.spec, manager.block_size
+    pool = KVPool(kv_shapes, manager.num_blocks, size, spec.dtype, spec.device)
+    return pool, BlockManager(manager.num_blocks, size, manager.enable_prefix_caching)
 
 
 def _load(load: LoadConfig, name: str, quantization: str | None) -> Network:
@@ -203,17 +229,21 @@ def _with_pool(
     return Runner(network, pool), manager
 
 
-def _drafters(load: LoadConfig, surroundings: Surroundings, model: str) -> list[Drafter]:
-    """Those that were asked for, or all that can be built here; parts before who composes them."""
+def _drafters(load: LoadConfig, surroundings: Surroundings, meant: set[str]) -> list[Drafter]:
+    """Those that were asked for, or all that can be built here; parts before who composes them.
+
+    Args:
+        meant: those that run a draft model or a head that was given.
+    """
     made: dict[str, Drafter] = {}
     settings = load.drafter_settings
-    for name in _asked_drafters(load, model):
+    for name in _asked_drafters(load, meant):
         try:
             around = replace(surroundings, drafters=dict(made))
             drafter = _make_drafter(name, around, settings.get(name, {}))
         except ConfigError:
             is_meant = name in settings or (load.datastore is not None and _reads_datastore(name))
-            if load.drafters is not None or name == model or is_meant:
+            if load.drafters is not None or name in meant or is_meant:
                 raise
             continue  # nobody named it, and it cannot be had here
         made[name] = drafter
@@ -255,7 +285,7 @@ def _reads_datastore(name: str) -> bool:
     return "datastore" in DRAFTERS.load(name).needs
 
 
-def _asked_drafters(load: LoadConfig, model: str) -> list[str]:
+def _asked_drafters(load: LoadConfig, meant: set[str]) -> list[str]:
     if load.drafters is None:
         names = list(_unasked_drafters())
     elif model_drafters := {MODEL_DRAFTER, TRANSLATOR} & set(load.drafters):
@@ -264,8 +294,7 @@ def _asked_drafters(load: LoadConfig, model: str) -> list[str]:
         )
     else:
         names = list(load.drafters)
-    if model:
-        names.append(model)
+    names += sorted(meant)
     return sorted(dict.fromkeys(names), key=_composes)
 
 

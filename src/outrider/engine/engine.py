@@ -66,9 +66,10 @@ class Engine:
         self.draft_fingerprint = draft_fingerprint
         self.grammars = grammars
         self.has_tokenizer = tokenizer is not None
-        self.scheduler = Scheduler(config, manager)
+        self.scheduler = Scheduler(config, manager, self.drafters.first_missing)
         self.controller = controller or Controller(self.max_model_len)
         self._clock = clock
+        self._ended: float | None = None  # of the last step, where this one follows at once
         self.has_prices = False  # of passes and drafting, from a calibration
         self.verifiers = Verifiers()
         self.streamer = Streamer(tokenizer, _exactness)
@@ -91,21 +92,21 @@ class Engine:
             self.drafters.close(seq)
             self.drafters.open(seq)
         if not batch.rows:
+            self._ended = None
             return events
         plan = self.controller.plan(batch)
         started = self._now()
         drafts = self.drafters.draft(batch, plan)
         drafted = self._now()
         events += self.streamer.provisional(batch, drafts)
-        output = self.runner.forward(batch, drafts)
+        output = self.runner.forward(batch, drafts, self.drafters.taps())
         ran = self._now()
         verdicts = self.verifiers.verify(batch, drafts, output)
         commits = self.committer.commit(batch, drafts, verdicts, output)
         self.drafters.observe(commits, output)
         self.stats.observe(batch, commits)
         events += self.streamer.verified(commits)
-        rest = self._now() - ran + started - began
-        times = StepTimes(drafted - started, ran - drafted, rest)
+        times = self._times(began, started, drafted, ran)
         self.controller.observe(batch, plan, commits, times if self._clock else None)
         self._fork_siblings(commits)
         self._release(commits)
@@ -116,8 +117,20 @@ class Engine:
     def _now(self) -> float:
         return self._clock() if self._clock else 0.0
 
+    def _times(self, began: float, started: float, drafted: float, ran: float) -> StepTimes:
+        """Of a step that ends now; what its caller did since the last one belongs to it, too.
+
+        Whoever streams and counts does so after every step, so fewer steps spare that as well.
+        """
+        ended, forward = self._now(), ran - drafted
+        between = 0.0 if self._ended is None else min(began - self._ended, forward)
+        self._ended = ended
+        return StepTimes(drafted - started, forward, ended - ran + started - began + between)
+
     def add(self, request: Request) -> None:
         """Queues a request. RequestError if it cannot be served as asked; then nothing changed."""
+        if not self.has_work():
+            self._ended = None  # nobody waited for a step since
         if request.id in self._groups:
             raise RequestError(f"request id {request.id!r} is in use: choose another")
         self._check_prompt(request)

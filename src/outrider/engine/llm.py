@@ -23,6 +23,8 @@ class LLM:
     Args:
         model: a hub id, a folder, or "demo" (the shipped pair).
         draft_model: a smaller model; requests then speculate with it unless they say otherwise.
+            A draft head may be named here, too.
+        heads: draft heads trained on top of the target; see `LoadConfig`.
             Drafts of one with another vocabulary are translated. "demo" brings its own; "off"
             declines it.
         speculation: default for requests that bring no `SpeculationParams`: "off", a method's
@@ -46,6 +48,7 @@ class LLM:
         model: str,
         *,
         draft_model: str | None = None,
+        heads: Items[str] = (),
         speculation: Speculation | None = None,
         drafters: Items[str] | None = None,
         drafter_settings: Mapping[str, Mapping[str, Any]] | None = None,
@@ -67,6 +70,7 @@ class LLM:
         load = LoadConfig(
             model=str(model),
             draft_model=None if draft_model is None else str(draft_model),
+            heads=tuple(map(str, _names(heads))),
             drafters=None if drafters is None else _names(drafters),
             drafter_settings=drafter_settings or {},
             dtype=str(dtype).removeprefix("torch."),

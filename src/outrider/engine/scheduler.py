@@ -7,7 +7,7 @@ after preemption are all this rule.
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from outrider.cache.table import BlockManager
 from outrider.control.limits import most_nodes, usable
@@ -22,11 +22,21 @@ class Scheduler:
     Smaller priority numbers first, then order of arrival; whoever runs moves on in every step.
     Drafts never cost anyone else rows or KV: they get, for one step, what nobody wanted for
     committed tokens. Those may preempt.
+
+    Args:
+        first_missing: position from which on a sequence that begins must be run though more of it
+            is cached, None for as much as is cached.
     """
 
-    def __init__(self, config: EngineConfig, manager: BlockManager) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        manager: BlockManager,
+        first_missing: Callable[[Sequence], int | None] = lambda seq: None,
+    ) -> None:
         self.config = config
         self.manager = manager
+        self._first_missing = first_missing
         self.running: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []
 
@@ -106,11 +116,13 @@ class Scheduler:
     def _open(self, seq: Sequence, budget: int) -> bool:
         """Takes the cached prefix and room for a first chunk; no change if there is none."""
         tenant = seq.request.tenant
-        num_cached = self.manager.match(seq.tokens, tenant)
+        first_missing = self._first_missing(seq)
+        known = seq.tokens if first_missing is None else seq.tokens[: first_missing + 1]
+        num_cached = self.manager.match(known, tenant)
         end = num_cached + min(self._limit(len(seq.tokens) - num_cached), budget)
-        if not self.manager.can_open(seq.tokens, end, tenant):
+        if not self.manager.can_open(known, end, tenant):
             return False
-        seq.table, seq.num_cached = self.manager.open(seq.tokens, tenant)
+        seq.table, seq.num_cached = self.manager.open(known, tenant)
         self.manager.reserve(seq.table, end)
         if seq.num_preemptions == 0:
             seq.num_prefix_hits = num_cached

@@ -9,6 +9,7 @@ key/value heads, D/E key/value width.
 
 import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from outrider.models.adapter_probe import (
     noting_mask,
     one_line,
 )
+from outrider.models.adapter_states import States
 from outrider.models.base import ModelSpec
-from outrider.ops.base import LayerKV, Layout, Ops
+from outrider.ops.base import LayerKV, Layout, Ops, Passed
 from outrider.quant.schemes import AS_STORED, Scheme
 
 ATTENTION = "outrider"
@@ -76,6 +78,9 @@ class Adapter:
         with one_line(model):
             probe, vocab_size = self._probe()
         self._calls = probe.calls
+        self._states = States(model)
+        self._head = model.get_output_embeddings()
+        hidden_size = self._find_states()
         self._wants_offsets = any(_reads_cache_length(module) for module in probe.modules)
         self.spec = ModelSpec(
             name=name,
@@ -88,6 +93,8 @@ class Adapter:
             device=model.device,
             num_parameters=sum(p.numel() for p in model.parameters()),
             fingerprint=fingerprint,
+            hidden_size=hidden_size,
+            num_layers=len(self._states.layers) if hidden_size else 0,
         )
         with one_line(model):
             check_against_eager(self, model)
@@ -101,6 +108,56 @@ class Adapter:
         logits_RV = self._run(tokens_N, layout.positions_N, step, wanted_R)
         assert step.num_calls == len(self._calls), "every attention call must come in every pass"
         return logits_RV
+
+    def forward_tapped(
+        self,
+        tokens_N: Tensor,
+        layout: Layout,
+        kv: list[LayerKV],
+        wanted_R: Tensor,
+        taps: Sequence[int],
+    ) -> Passed:
+        """See `ShowsStates`; only where `spec.hidden_size` is not 0."""
+        with self._states.caught(taps) as found:
+            logits_RV = self.forward(tokens_N, layout, kv, wanted_R)
+        return Passed(logits_RV, self._states.stack(found, taps))
+
+    @torch.inference_mode()
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """See `ShowsStates`."""
+        embedded_ND: Tensor = self.model.get_input_embeddings()(tokens_N)
+        return embedded_ND
+
+    @torch.inference_mode()
+    def final_norm(self, hidden_ND: Tensor) -> Tensor:
+        """See `ShowsStates`."""
+        assert self._states.norm is not None
+        normed_ND: Tensor = self._states.norm(hidden_ND)
+        return normed_ND
+
+    @torch.inference_mode()
+    def head(self, hidden_RD: Tensor) -> Tensor:
+        """See `ShowsStates`."""
+        assert self._head is not None
+        logits_RV: Tensor = self._head(hidden_RD)
+        return logits_RV.float()
+
+    @torch.inference_mode()
+    def _find_states(self) -> int:
+        """Hidden width, if the states behind the last norm are what the head reads; else 0."""
+        if self._states.norm is None or self._head is None:
+            return 0
+        taps = range(len(self._states.layers) + 1)
+        tokens_N = torch.arange(1, 5, device=self.model.device)
+        self.model.set_attn_implementation(PROBING)
+        with self._states.caught(taps) as found:
+            logits_RV = self._run(tokens_N, tokens_N - 1, Probe(), tokens_N[:2])
+        self.model.set_attn_implementation(ATTENTION)
+        if any(found[boundary].shape[:-1] != (1, len(tokens_N)) for boundary in taps):
+            return 0
+        last_ND = self.final_norm(found[len(self._states.layers)][0])
+        is_plain = torch.allclose(self.head(last_ND[1:3]), logits_RV, rtol=1e-3, atol=1e-3)
+        return last_ND.shape[-1] if is_plain else 0
 
     def _run(
         self, tokens_N: Tensor, positions_N: Tensor, step: "_Pass | Probe", wanted_R: Tensor

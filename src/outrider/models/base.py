@@ -1,15 +1,17 @@
 """What every network offers the runner, whatever runs it: the lean decoder, or the adapter.
 
-Shape legend: N rows of the pass, R rows whose logits are wanted, V vocabulary.
+Shape legend: N rows of the pass, R rows whose logits are wanted, V vocabulary, D hidden width,
+A boundaries between layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from outrider.ops.base import LayerKV, Layout, Ops
+from outrider.ops.base import LayerKV, Layout, Ops, Passed
 
 
 class KVShape(NamedTuple):
@@ -35,6 +37,8 @@ class ModelSpec:
         fingerprint: changes whenever weights or configuration do.
         mask_token_id: token that stands for unknown ones in a draft model that was trained to
             draft in parallel (PARD).
+        hidden_size, num_layers: of a network that hands out its hidden states (`ShowsStates`);
+            0 in others.
     """
 
     name: str
@@ -48,6 +52,8 @@ class ModelSpec:
     num_parameters: int
     fingerprint: str
     mask_token_id: int | None = None
+    hidden_size: int = 0
+    num_layers: int = 0
 
 
 class Network(Protocol):
@@ -63,4 +69,39 @@ class Network(Protocol):
 
         `kv` has one entry per `spec.kv_shapes`; positions and slots are in `layout`.
         """
+        ...
+
+
+@runtime_checkable
+class ShowsStates(Protocol):
+    """A network that hands out hidden states, for draft heads that read them.
+
+    Boundary j is the residual stream before layer j: 0 is the embedding, `spec.num_layers` the
+    state before the final norm.
+    """
+
+    def forward_tapped(
+        self,
+        tokens_N: Tensor,
+        layout: Layout,
+        kv: list[LayerKV],
+        wanted_R: Tensor,
+        taps: Sequence[int],
+    ) -> Passed:
+        """As `Network.forward`, with the boundaries `taps` (rising) of all rows.
+
+        The logits have the same bits as without.
+        """
+        ...
+
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """Embeddings_ND as the first layer gets them, in the network's dtype."""
+        ...
+
+    def final_norm(self, hidden_ND: Tensor) -> Tensor:
+        """The norm before the head."""
+        ...
+
+    def head(self, hidden_RD: Tensor) -> Tensor:
+        """float32 logits_RV of normed states."""
         ...

@@ -5,7 +5,7 @@ Shape legend: N rows of the pass, R rows whose logits are wanted, V vocabulary, 
 the feed-forward layer, X = H + 2 G heads of the fused projection.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ from outrider.models.weights import (
     num_parameters,
     qkv_names,
 )
-from outrider.ops.base import DecoderParts, LayerKV, LayerParts, Layout, Ops
+from outrider.ops.base import DecoderParts, LayerKV, LayerParts, Layout, Ops, Passed
 from outrider.quant.schemes import AS_STORED, Scheme
 
 
@@ -84,6 +84,8 @@ class Decoder:
             num_parameters=num_parameters(config),
             fingerprint=fingerprint,
             mask_token_id=config.mask_token_id,
+            hidden_size=config.hidden_size,
+            num_layers=len(config.layers),
         )
 
     def forward(
@@ -92,18 +94,54 @@ class Decoder:
         """Runs all rows, returns float32 logits_RV of the rows `wanted_R` indexes."""
         assert len(kv) == len(self._layers)
         if self._fused is not None:
-            return self._fused(tokens_N, layout, kv, wanted_R, *self._rope.tables(layout))
-        return self.forward_by_layer(tokens_N, layout, kv, wanted_R)
+            tables = self._rope.tables(layout)
+            return self._fused(tokens_N, layout, kv, wanted_R, *tables).logits_RV
+        return self.forward_by_layer(tokens_N, layout, kv, wanted_R).logits_RV
+
+    def forward_tapped(
+        self,
+        tokens_N: Tensor,
+        layout: Layout,
+        kv: list[LayerKV],
+        wanted_R: Tensor,
+        taps: Sequence[int],
+    ) -> Passed:
+        """As `forward`, with the residual stream at the boundaries `taps` (see `ShowsStates`)."""
+        if self._fused is not None:
+            tables = self._rope.tables(layout)
+            return self._fused(tokens_N, layout, kv, wanted_R, *tables, taps=taps)
+        return self.forward_by_layer(tokens_N, layout, kv, wanted_R, taps)
 
     def forward_by_layer(
-        self, tokens_N: Tensor, layout: Layout, kv: list[LayerKV], wanted_R: Tensor
-    ) -> Tensor:
-        """As `forward`, one operation at a time: the twin of a fused pass."""
-        hidden_ND = F.embedding(tokens_N, self._embedding_VD).to(self.spec.dtype)
+        self,
+        tokens_N: Tensor,
+        layout: Layout,
+        kv: list[LayerKV],
+        wanted_R: Tensor,
+        taps: Sequence[int] = (),
+    ) -> Passed:
+        """As `forward_tapped`, one operation at a time: the twin of a fused pass."""
+        hidden_ND = self.embed(tokens_N)
         turn = self._rope.at(layout)
+        states = [hidden_ND]
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             hidden_ND = layer(hidden_ND, turn, layout, layer_kv)
-        return self._head(self._norm(hidden_ND.index_select(0, wanted_R))).float()
+            states.append(hidden_ND)
+        tapped = [states[boundary] for boundary in taps]
+        tapped_AND = torch.stack(tapped) if tapped else hidden_ND.new_empty(0)
+        return Passed(self.head(self._norm(hidden_ND.index_select(0, wanted_R))), tapped_AND)
+
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """The tokens' embeddings_ND, in the network's dtype."""
+        return F.embedding(tokens_N, self._embedding_VD).to(self.spec.dtype)
+
+    def final_norm(self, hidden_ND: Tensor) -> Tensor:
+        """The norm before the head."""
+        return self._norm(hidden_ND)
+
+    def head(self, hidden_RD: Tensor) -> Tensor:
+        """float32 logits_RV of normed states."""
+        return self._head(hidden_RD).float()
 
     def truncated(self, num_layers: int) -> "Decoder":
         """The first layers between the same embedding, last norm and head; all weights are shared.
@@ -118,6 +156,7 @@ class Decoder:
             self.spec,
             name=f"{self.spec.name}[:{num_layers}]",
             kv_shapes=self.spec.kv_shapes[:num_layers],
+            num_layers=num_layers,
             num_parameters=num_parameters(first.config),
             fingerprint=f"{self.spec.fingerprint}[:{num_layers}]",
         )

@@ -13,7 +13,11 @@ SHIPPED = {"demo": "assets/demo/target", "demo-draft": "assets/demo/draft"}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SIDE_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 WEIGHTS = ["model*.safetensors"]
+HEAD_WEIGHTS = ["medusa_lm_head.safetensors"]
 PICKLED_WEIGHTS = ["pytorch_model*.bin"]
+PICKLED_HEADS = ["medusa_lm_head.pt", "hydra_lm_head.pt"]
+# Of some heads, beside other files of weights.
+SMALL_PICKLES = ["warp_model.bin", "mask_embedding.pt"]
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
@@ -50,9 +54,10 @@ def _download(name: str, revision: str | None) -> Path:
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"no folder {name!r}, and it is no hub id such as 'Qwen/Qwen3-0.6B'")
     try:
-        folder = _snapshot(name, revision, SIDE_FILES + WEIGHTS)
-        if not any(folder.glob(WEIGHTS[0])):
-            folder = _snapshot(name, revision, SIDE_FILES + PICKLED_WEIGHTS)
+        safe = WEIGHTS + HEAD_WEIGHTS
+        folder = _snapshot(name, revision, SIDE_FILES + safe + SMALL_PICKLES)
+        if not any(path for pattern in safe for path in folder.glob(pattern)):
+            folder = _snapshot(name, revision, SIDE_FILES + PICKLED_WEIGHTS + PICKLED_HEADS)
     except Exception as error:
         # The hub client lets errors of several HTTP libraries through, and all mean the same here.
         raise ModelError(f"cannot get {name!r} from the hub: {_reason(error, revision)}") from error

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from outrider.cache.pool import KVPool
-from outrider.models.base import Network
+from outrider.models.base import Network, ShowsStates
 from outrider.ops.base import Span
-from outrider.step import Batch, DraftTree, TargetOutput
+from outrider.step import Batch, DraftTree, States, TargetOutput
 
 
 class Blocks(Protocol):
@@ -48,17 +48,24 @@ class Runner:
         self.network = network
         self.pool = pool
 
-    def forward(self, batch: Batch, drafts: list[DraftTree]) -> TargetOutput:
-        """One pass of the target over all rows and their drafts."""
+    def forward(
+        self, batch: Batch, drafts: list[DraftTree], taps: tuple[int, ...] = ()
+    ) -> TargetOutput:
+        """One pass of the target over all rows and their drafts.
+
+        Args:
+            taps: boundaries between layers whose states are handed out, rising; only for a network
+                that `ShowsStates`.
+        """
         pieces = []
         for (seq, num_tokens, _), tree in zip(batch.rows, drafts, strict=True):
             start, stop = seq.num_cached, seq.num_cached + num_tokens
             reaches_end = stop == len(seq.tokens)
             pieces.append(Piece(seq.table, start, seq.tokens[start:stop], tree, reaches_end))
-        return self.run(pieces)
+        return self.run(pieces, taps)
 
     @torch.inference_mode()
-    def run(self, pieces: list[Piece]) -> TargetOutput:
+    def run(self, pieces: list[Piece], taps: tuple[int, ...] = ()) -> TargetOutput:
         spans: list[Span] = []
         tokens: list[int] = []
         wanted: list[int] = []
@@ -71,19 +78,31 @@ class Runner:
             if wants_logits:
                 wanted += range(root, len(tokens))
             spans.append(Span(table.blocks, num_cached, len(chain), tree.parents, table.block_size))
-        logits_RV = self._forward(tokens, spans, wanted)
-        argmax_R = self.network.ops.argmax(logits_RV) if wanted else []
-        return TargetOutput(logits_RV, first, argmax_R)
+        network = self.network
+        device = network.spec.device
+        layout = network.ops.layout(spans, device)
+        tokens_N, wanted_R, kv = upload(tokens, device), upload(wanted, device), self.pool.layers
+        states = None
+        if taps:
+            assert isinstance(network, ShowsStates)
+            logits_RV, tapped_AND = network.forward_tapped(tokens_N, layout, kv, wanted_R, taps)
+            states = _states(pieces, taps, tapped_AND)
+        else:
+            logits_RV = network.forward(tokens_N, layout, kv, wanted_R)
+        argmax_R = network.ops.argmax(logits_RV) if wanted else []
+        return TargetOutput(logits_RV, first, argmax_R, states)
 
-    def _forward(self, tokens: list[int], spans: list[Span], wanted: list[int]) -> Tensor:
-        device = self.network.spec.device
-        layout = self.network.ops.layout(spans, device)
-        return self.network.forward(
-            _upload(tokens, device), layout, self.pool.layers, _upload(wanted, device)
-        )
+
+def _states(pieces: list[Piece], taps: tuple[int, ...], tapped_AND: Tensor) -> States:
+    start, num_rows = [], 0
+    for piece in pieces:
+        start.append(num_rows)
+        num_rows += len(piece.chain) + len(piece.tree.tokens)
+    lengths = [len(piece.chain) for piece in pieces]
+    return States(taps, tapped_AND, start, lengths, [piece.num_cached for piece in pieces])
 
 
-def _upload(numbers: list[int], device: torch.device) -> Tensor:
+def upload(numbers: list[int], device: torch.device) -> Tensor:
     """An int64 tensor; through a buffer, for torch takes seven times as long over a list."""
     if not numbers:
         return torch.empty(0, dtype=torch.long, device=device)

@@ -168,6 +168,32 @@ class DecoderParts:
     layers: list[LayerParts]
 
 
+class Entry(NamedTuple):
+    """What enters a decoder's layers in the place of embedded tokens (of a draft head's).
+
+    Attributes:
+        hidden_ND: the residual stream before the first layer.
+        first_NX: what the first layer's queries, keys and values are made from; None is that
+            stream, normed as usual.
+    """
+
+    hidden_ND: Tensor
+    first_NX: Tensor | None = None
+
+
+class Passed(NamedTuple):
+    """What a pass through a decoder yields.
+
+    Attributes:
+        logits_RV: float32, of the rows that were asked for.
+        tapped_AND: the residual stream of all rows at the A boundaries that were asked for, in the
+            network's dtype; boundary j is before layer j, the last before the final norm.
+    """
+
+    logits_RV: Tensor
+    tapped_AND: Tensor
+
+
 class DecoderPass(Protocol):
     """All layers of a decoder as one call.
 
@@ -185,13 +211,18 @@ class DecoderPass(Protocol):
         wanted_R: Tensor,
         cos_PW: Tensor,
         sin_PW: Tensor,
-    ) -> Tensor:
-        """float32 logits_RV of the rows `wanted_R` indexes; writes the rows' KV.
+        *,
+        entry: Entry | None = None,
+        taps: Sequence[int] = (),
+    ) -> Passed:
+        """Logits of the rows `wanted_R` indexes; writes the rows' KV.
 
         `kv` of the first layers alone runs those, then the last norm and the head.
 
         Args:
             cos_PW, sin_PW: rotation of every position, the sines' first half negated.
+            entry: enters the first layer; then `tokens_N` is not looked at.
+            taps: boundaries to hand out, rising.
         """
         ...
 

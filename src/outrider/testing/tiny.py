@@ -14,8 +14,10 @@ from outrider.draft.draft_model import ModelDrafter
 from outrider.draft.ngram import NgramDrafter
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
+from outrider.models.base import KVShape
 from outrider.models.config import DecoderConfig
 from outrider.models.decoder import Decoder
+from outrider.models.heads.spec import Head
 from outrider.models.runner import Runner
 from outrider.models.weights import tensor_shapes
 from outrider.ops.choose import choose
@@ -113,6 +115,7 @@ def tiny_engine(
     target: Decoder | None = None,
     kernels: str = "auto",
     datastore: str | None = None,
+    heads: Mapping[str, Head] | None = None,
     options: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> Engine:
@@ -123,6 +126,7 @@ def tiny_engine(
             name. A registered name, a class or a function is made into one as an engine does, after
             those before it; a class that has `build` is shown this engine's models.
         datastore: folder for drafters that retrieve from one.
+        heads: draft heads on the target, by the drafter that runs each.
         draft_seed: seed of the draft model; 0 is the target itself, None loads none.
         draft_noise: added to the draft model's weights; 0.01 on the target's own is accepted
             about half of the time.
@@ -138,7 +142,13 @@ def tiny_engine(
         network = tiny_decoder(draft_seed, noise=draft_noise, kernels=kernels)
         draft = _pooled(network, num_blocks, config)
     parts = _pooled(target, num_blocks, config)
-    around = Surroundings(target=parts, draft=draft, datastore=datastore)
+    around = Surroundings(
+        target=parts,
+        draft=draft,
+        datastore=datastore,
+        heads=heads or {},
+        make_pool=lambda shapes: _pool(shapes, target, num_blocks, config),
+    )
     mine = _drafters(drafters or (), around)
     spec = target.spec
     engine.setdefault("tokenizer", ByteTokenizer())
@@ -201,10 +211,16 @@ def _note(told: dict[tuple[str, int], list[Committed]], event: Event) -> None:
         told.setdefault((event.request_id, event.index), []).append(event)
 
 
-def _pooled(network: Decoder, num_blocks: int, config: EngineConfig) -> ModelParts:
+def _pool(
+    shapes: tuple[KVShape, ...], network: Decoder, num_blocks: int, config: EngineConfig
+) -> tuple[KVPool, BlockManager]:
     spec = network.spec
-    pool = KVPool(spec.kv_shapes, num_blocks, config.block_size, spec.dtype, spec.device)
-    manager = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+    pool = KVPool(shapes, num_blocks, config.block_size, spec.dtype, spec.device)
+    return pool, BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+
+
+def _pooled(network: Decoder, num_blocks: int, config: EngineConfig) -> ModelParts:
+    pool, manager = _pool(network.spec.kv_shapes, network, num_blocks, config)
     return ModelParts(runner=Runner(network, pool), manager=manager, tokenizer=ByteTokenizer())
 
 

@@ -5,11 +5,13 @@ W rotated width.
 """
 
 import ctypes
+from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from outrider.ops.base import DecoderParts, LayerKV, LayerParts, Layout
+from outrider.ops.base import DecoderParts, Entry, LayerKV, LayerParts, Layout, Passed
 from outrider.ops.cpu.library import (
     BFLOAT16,
     FLOAT32,
@@ -23,6 +25,8 @@ from outrider.ops.cpu.library import (
 from outrider.ops.cpu.linear import CpuLinear, stored
 from outrider.ops.cpu.memory import Arena
 from outrider.ops.cpu.spans import SpanTable
+
+NOTHING = torch.empty(0)
 
 
 class FusedDecoder:
@@ -56,12 +60,18 @@ class FusedDecoder:
         wanted_R: Tensor,
         cos_PW: Tensor,
         sin_PW: Tensor,
-    ) -> Tensor:
+        *,
+        entry: Entry | None = None,
+        taps: Sequence[int] = (),
+    ) -> Passed:
         table = layout.plan
         assert isinstance(table, SpanTable)
         num_wanted = wanted_R.shape[0]
         logits_RV = torch.empty(num_wanted, self._vocab_size)
         cut = self._cut(kv)
+        hidden_ND, first_NX = (None, None) if entry is None else map(_floats, entry)
+        boundaries = array("i", taps)
+        tapped_AND = self._tapped(len(taps), layout) if taps else NOTHING
         call = CallStruct(
             tokens_N.data_ptr(),
             table.spans_address,
@@ -71,14 +81,22 @@ class FusedDecoder:
             sin_PW.data_ptr(),
             cut.kv_address,
             logits_RV.data_ptr(),
+            None if hidden_ND is None else hidden_ND.data_ptr(),
+            None if first_NX is None else first_NX.data_ptr(),
+            boundaries.buffer_info()[0],
+            tapped_AND.data_ptr(),
             len(layout.spans),
             num_wanted,
             torch.get_num_threads(),
+            len(taps),
         )
         status = self._library.decoder(cut.model_address, ctypes.addressof(call), self._scratch)
         if status:
             raise IndexError(f"a token id is not in [0, {self.embedding_VD.shape[0]})")
-        return logits_RV
+        return Passed(logits_RV, tapped_AND)
+
+    def _tapped(self, num_taps: int, layout: Layout) -> Tensor:
+        return torch.empty(num_taps, layout.positions_N.shape[0], self._model.hidden)
 
     def _cut(self, kv: list[LayerKV]) -> "Cut":
         """Through as many layers as there is KV of; the same pool comes every time."""
@@ -166,6 +184,11 @@ class Cut:
         self._pool = (KVStruct * len(kv))(*structs)
         self.model_address = ctypes.addressof(self._model)
         self.kv_address = ctypes.addressof(self._pool)
+
+
+def _floats(rows: Tensor | None) -> Tensor | None:
+    """As the kernels read them; who calls keeps them until the pass is over."""
+    return None if rows is None else rows.float().contiguous()
 
 
 def is_fusable(parts: DecoderParts) -> bool:

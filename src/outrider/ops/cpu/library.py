@@ -87,9 +87,14 @@ class CallStruct(ctypes.Structure):
         ("sines", c_void_p),
         ("kv", c_void_p),
         ("logits", c_void_p),
+        ("entry", c_void_p),
+        ("first", c_void_p),
+        ("taps", c_void_p),
+        ("tapped", c_void_p),
         ("num_spans", c_int32),
         ("num_wanted", c_int32),
         ("threads", c_int32),
+        ("num_taps", c_int32),
     )
 
 

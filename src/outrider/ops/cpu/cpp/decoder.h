@@ -44,7 +44,11 @@ struct DecoderCall {
     const float* sines;    // the same, its first half negated
     const KV* kv;          // per layer
     float* logits;         // [wanted, vocabulary]
-    int32_t num_spans, num_wanted, threads;
+    const float* entry;    // [rows, hidden] that enter the first layer, or null: embedded tokens
+    const float* first;    // [rows, inputs of the first qkv], normed already, or null
+    const int32_t* taps;   // boundaries, rising: the residual stream before layer taps[i]
+    float* tapped;         // [taps, rows, hidden]
+    int32_t num_spans, num_wanted, threads, num_taps;
 };
 
 inline void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
@@ -119,7 +123,7 @@ public:
 
     // False, and nothing done, if a token is not in the embedding.
     bool run() {
-        for (int r = 0; r < rows_; r++)
+        for (int r = 0; r < rows_ && !call_.entry; r++)
             if (call_.tokens[r] < 0 || call_.tokens[r] >= model_.embedded) return false;
         run_team(call_.threads, [&](const Worker& worker) { work(worker); });
         return true;
@@ -131,9 +135,11 @@ private:
     }
 
     void work(const Worker& worker) {
+        int tap = 0;
         embed(worker);
         worker.wait();
         for (int i = 0; i < model_.num_layers; i++) {
+            tap = copy_out(worker, tap, i);
             const DecoderLayer& layer = model_.layers[i];
             // Two plans, for families whose layers take turns between two windows. The barrier
             // before attention is the one that makes a new plan known.
@@ -146,7 +152,7 @@ private:
                     plan.make(paths_, shape, worker.count);
                 plan.next.store(0, std::memory_order_relaxed);
             }
-            project(worker, layer);
+            project(worker, layer, i == 0 ? call_.first : nullptr);
             worker.wait();
             write_kv(worker, layer, call_.kv[i]);
             worker.wait();
@@ -161,7 +167,19 @@ private:
             add_linear(worker, layer.down, scratch_.inner.data());
             worker.wait();
         }
+        copy_out(worker, tap, model_.num_layers);
         if (call_.num_wanted) predict(worker);
+    }
+
+    // Hands out this thread's rows of the residual stream where somebody asked for boundary `at`.
+    // The barrier before it made them whole, and nobody changes them before the next but one.
+    int copy_out(const Worker& worker, int tap, int at) {
+        if (tap == call_.num_taps || call_.taps[tap] != at) return tap;
+        const Range share = worker.share(rows_);
+        const long width = model_.hidden, begin = share.begin * width;
+        float* out = call_.tapped + static_cast<long>(tap) * rows_ * width + begin;
+        memcpy(out, scratch_.hidden.data() + begin, (share.end - share.begin) * width * sizeof(float));
+        return tap + 1;
     }
 
     static bool same_window(const DecoderLayer& a, const DecoderLayer& b) {
@@ -173,6 +191,10 @@ private:
         const long width = model_.hidden;
         for (int r = share.begin; r < share.end; r++) {
             float* out = scratch_.hidden.data() + r * width;
+            if (call_.entry) {
+                memcpy(out, call_.entry + r * width, width * sizeof(float));
+                continue;
+            }
             const long at = call_.tokens[r] * width;
             if (model_.embedding_kind == FLOAT32)
                 memcpy(out, static_cast<const float*>(model_.embedding) + at, width * sizeof(float));
@@ -226,8 +248,9 @@ private:
         return in;
     }
 
-    void project(const Worker& worker, const DecoderLayer& layer) {
-        const Inputs in = normed(worker, layer.qkv, layer.attention_norm, nullptr, rows_);
+    void project(const Worker& worker, const DecoderLayer& layer, const float* given) {
+        const Inputs in = given ? prepared(worker, layer.qkv, given)
+                                : normed(worker, layer.qkv, layer.attention_norm, nullptr, rows_);
         const Range share = worker.share(layer.qkv.outputs, TILE_OUTPUTS);
         linear_into<false>(layer.qkv, in, share.begin, share.end, scratch_.qkv.data(), qkv_width_);
     }
