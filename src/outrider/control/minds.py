@@ -107,7 +107,6 @@ class Minds:
             self.shared[key] = Experience()
         return self.shared[key]
 
-
     def to_json(self) -> list[dict[str, Any]]:
         """What all have seen, to be saved."""
         saved = [

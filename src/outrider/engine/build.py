@@ -165,7 +165,7 @@ def speculation_params(values: str | Mapping[str, Any] | SpeculationParams) -> S
 
 
 def _draft_names(load: LoadConfig) -> tuple[str, tuple[str, ...]]:
-    """The draft model, "" for none, and the heads; one that was named as draft model comes first."""
+    """The draft model ("" for none) and the heads, first one that was named as draft model."""
     if load.draft_model == OFF:
         return "", load.heads
     if load.draft_model is None:

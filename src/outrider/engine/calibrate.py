@@ -24,9 +24,10 @@ from outrider.request import Request, SamplingParams, SpeculationParams
 
 TENANT = "\0calibration"
 PROMPT_TOKENS = 24
+SHORT_PROMPT_TOKENS = 8  # of many at once, whose prompts would cost more than what is timed
 LONG_PROMPT_TOKENS = 512
 STEPS = 4  # timed per group
-DEPTHS = (0, 1, 4, 8)
+DEPTHS = (1, 4, 8)
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +64,8 @@ def calibrate(engine: Engine, budget_s: float = 2.0) -> int:
     anew.
 
     Args:
-        budget_s: stops after so many seconds, cheap groups first; never in the midst of a step.
+        budget_s: stops after so many seconds, never in the midst of a step; what matters most
+            comes first.
 
     Returns:
         Groups that were timed; 0 where no policy keeps prices.
@@ -164,18 +166,27 @@ def _keeper(engine: Engine) -> KeepsPrices | None:
 
 
 def _groups(engine: Engine) -> Iterator[Group]:
-    """One request at every depth, then more at a time, then long texts and laws."""
-    drafts = bool(engine.default_drafter)
-    for size in _sizes(engine.config.max_num_seqs):
-        for depth in DEPTHS if drafts and size < 64 else DEPTHS[:1]:
-            yield Group(size, depth)
+    """One request, drafted for and not; then passes of all sizes; then all depths, texts, laws.
+
+    So a budget that is soon used up, as of a large model, has bought what matters most: what one
+    draft costs, and where passes begin to take longer for more rows.
+    """
+    deep = 4 if engine.default_drafter else 0
+    sizes = list(_sizes(engine.config.max_num_seqs))
+    yield Group(1, 0)
+    if deep:
+        yield Group(1, deep)
+    yield from (Group(size, 0, SHORT_PROMPT_TOKENS) for size in sizes[1:])
+    for size in sizes:
+        if deep and size < 64:
+            yield from (Group(size, depth) for depth in DEPTHS if size > 1 or depth != deep)
         if size == 1:
-            yield Group(1, 4 if drafts else 0, temperature=1.0)
+            yield Group(1, deep, temperature=1.0)
         if size == 4:
             most = min(LONG_PROMPT_TOKENS, engine.max_model_len // 2)
             if most > 2 * PROMPT_TOKENS:
-                yield Group(1, 4 if drafts else 0, most)
-                yield Group(4, 0, temperature=1.0)
+                yield Group(1, deep, most)
+            yield Group(4, 0, temperature=1.0)
 
 
 def _sizes(most: int) -> Iterator[int]:
