@@ -51,6 +51,8 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             draft = blurred(args.draft_model, Path(folder), BLUR[drafter])
             llm = LLM(args.model, draft_model=draft, max_num_seqs=max(args.concurrency))
             llm.calibrate(args.calibrate_s)
+            for temperature in args.temperature:
+                _serve(llm, questions[len(questions) - args.served :], temperature, args.max_tokens)
             target = InProcess(llm)
             for temperature in args.temperature:
                 for concurrency in args.concurrency:
@@ -60,6 +62,15 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     row = {"drafter": drafter, "temperature": temperature, **_row(measured)}
                     print(_line(row), flush=True)
                     yield row
+
+
+def _serve(
+    llm: LLM, questions: tuple[Question, ...], temperature: float, max_tokens: int
+) -> None:
+    """Answers some requests, so that every arm's policy begins with what was seen of drafts."""
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
+    for question in questions:
+        llm.generate(question.prompt, sampling, ADAPTIVE.speculation)
 
 
 def _cell(
@@ -163,6 +174,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="prompts of a block, per seat")
     parser.add_argument("--budget-s", type=float, default=20.0, help="seconds per cell")
     parser.add_argument("--calibrate-s", type=float, default=3.0)
+    parser.add_argument(
+        "--served", type=int, default=0, help="requests answered before, of each temperature"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
