@@ -151,7 +151,7 @@ def test_a_floor_of_zero_only_tells(kind):
 
 def test_who_has_no_rule_pays_nothing(monkeypatch):
     used = engine()
-    monkeypatch.setattr("outrider.draft.draft_model.fit", lambda *given: pytest.fail("asked"))
+    monkeypatch.setattr("outrider.draft.feeding.fit", lambda *given: pytest.fail("asked"))
     made = under(used, None)
     run(used, requests(GREEDY, asks()))
     assert made

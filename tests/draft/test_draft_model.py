@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from outrider.draft.draft_model import MAX_CATCH_UP_TOKENS, ModelDrafter, fit
+from outrider.draft.draft_model import MAX_CATCH_UP_TOKENS, ModelDrafter
+from outrider.draft.feeding import fit
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
 from outrider.errors import RequestError

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence as Items
 from torch import Tensor
 
 from outrider.draft.draft_kv import DraftState
+from outrider.draft.feeding import NO_PEAKS, Grower, MarginalGrower
 from outrider.draft.growth import Growth, Line
 from outrider.draft.recall import Recall
 from outrider.models.runner import Piece
@@ -12,25 +13,13 @@ from outrider.sampling.shaper import Shaper
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, DraftTree
 
-NO_PEAKS: Mapping[int, float] = {}
 
-
-class Course:
-    """The draft of one row in the making; a kind of course says what each pass runs.
-
-    Args:
-        shaper: makes the laws that the growth is fed with.
-    """
+class Course(Grower):
+    """The draft of one row in the making; a kind of course says what each pass runs."""
 
     def __init__(self, seq: Sequence, state: DraftState, growth: Growth, shaper: Shaper) -> None:
-        self.seq = seq
+        super().__init__(seq, growth, shaper)
         self.state = state
-        self.growth = growth
-        self.shaper = shaper
-
-    @property
-    def is_done(self) -> bool:
-        return not self.growth.wanted()
 
     def first_nodes(self) -> DraftTree:
         """Nodes to run in the pass that reaches the end of the log."""
@@ -39,31 +28,6 @@ class Course:
     def next_piece(self) -> Piece:
         """Its part of a pass after that one."""
         raise AssertionError("one pass was enough")
-
-    @property
-    def needs_peaks(self) -> bool:
-        """Whether, growing by argmax tokens, it asks how likely they are."""
-        return False
-
-    def follow_argmax(
-        self, argmax_N: Items[int], first: int, peaks: Mapping[int, float] = NO_PEAKS
-    ) -> bool:
-        """Grows by argmax tokens where no law is needed; whether this pass has no more to say.
-
-        Args:
-            argmax_N: of the rows of the pass; this course's begin at `first`.
-            peaks: largest probability of its rows, where it needs them.
-        """
-        return False
-
-    def asks(self) -> list[tuple[int, Items[int]]]:
-        """The laws it needs: a row of its own part of the pass, and the path that leads there."""
-        raise NotImplementedError
-
-    def take(self, laws: Items[Tensor | None]) -> bool:
-        """Grows by the laws it asked for; whether the same pass has answers to its next asks."""
-        self.growth.take(laws)
-        return False
 
     def ran(self) -> DraftTree:
         """The drafted nodes that the pool now holds behind the log."""
@@ -192,11 +156,10 @@ class TreeCourse(Course):
         return self._ran
 
 
-class MaskCourse(Course):
+class MaskCourse(MarginalGrower, Course):
     """All depths in one pass: mask tokens stand for what is not known yet (PARD, An et al. 2025).
 
-    Row d gives the law at depth d + 1, whatever was drafted before it: the draft's law is a product
-    of K laws, each shaped along the path. The KV of masks is dropped.
+    The KV of masks is dropped.
     """
 
     def __init__(
@@ -211,37 +174,8 @@ class MaskCourse(Course):
         vocab_size: int,
     ) -> None:
         super().__init__(seq, state, growth, shaper)
+        self.vocab_size = vocab_size
         self._masks = DraftTree.chain([mask] * (depth - 1), "")
-        self._vocab_size = vocab_size
-        self._line: Line | None = None  # where it grows by argmax tokens
-        if isinstance(growth, Line) and growth.stream is None and seq.shaper.is_plain_greedy:
-            self._line = growth
 
     def first_nodes(self) -> DraftTree:
         return self._masks
-
-    @property
-    def needs_peaks(self) -> bool:
-        return self._line is not None and self._line.stop is not None
-
-    def follow_argmax(
-        self, argmax_N: Items[int], first: int, peaks: Mapping[int, float] = NO_PEAKS
-    ) -> bool:
-        line = self._line
-        if line is None:
-            return False
-        rows = range(first, first + line.depth)
-        if not all(0 <= argmax_N[row] < self._vocab_size for row in rows):
-            return False
-        for row in rows:
-            if not self.is_done:
-                line.add(argmax_N[row], peaks.get(row, 1.0))
-        return True
-
-    def asks(self) -> list[tuple[int, Items[int]]]:
-        paths = [self.growth.path_tokens(node) for node in self.growth.wanted()]
-        return [(len(path), path) for path in paths]
-
-    def take(self, laws: Items[Tensor | None]) -> bool:
-        self.growth.take(laws)
-        return not self.is_done

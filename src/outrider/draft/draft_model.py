@@ -2,28 +2,21 @@
 
 Leviathan et al. 2022, Chen et al. 2023. It keeps KV of its own in a pool of its
 own; what a rejection leaves behind there is overwritten, never freed.
-
-Shape legend: N rows of a pass, R of them whose laws are asked for, V vocabulary of the target.
 """
 
 from collections.abc import Mapping, Sequence as Items
-from dataclasses import replace
-
-import torch
-from torch import Tensor
 
 from outrider.cache.table import BlockManager
 from outrider.draft.base import Snapshot, Surroundings, Warmth
-from outrider.draft.course import NO_PEAKS, Course, LineCourse, MaskCourse, TreeCourse
+from outrider.draft.course import Course, LineCourse, MaskCourse, TreeCourse
 from outrider.draft.draft_kv import DraftKV, DraftState
-from outrider.draft.drawing import draft_law
+from outrider.draft.feeding import Fed, feed, make_ranker, needs_ranker
 from outrider.draft.growth import Growth, Line, plant
 from outrider.draft.recall import Recall
 from outrider.draft.warm import PrefixCache
 from outrider.errors import ConfigError, RequestError
 from outrider.models.runner import Piece, Runner
 from outrider.request import Option, Options, Speculation
-from outrider.sampling.shaper import Shaper, laws_together
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
@@ -179,9 +172,11 @@ class ModelDrafter:
         return self._course(seq, state, plant(seq, plan), depth)
 
     def _course(self, seq: Sequence, state: DraftState, growth: Growth, depth: int) -> Course:
-        num_ids, shaper = self.runner.network.spec.vocab_size, seq.shaper
-        if shaper.is_greedy and (not isinstance(growth, Line) or growth.stop is not None):
-            shaper = state.ranker = state.ranker or self._ranker(seq)
+        about, shaper = self.runner.network.spec, seq.shaper
+        num_ids = about.vocab_size
+        if needs_ranker(seq, growth):
+            made = state.ranker or make_ranker(seq, self.vocab_size, about.eos_token_ids)
+            shaper = state.ranker = made
         if self.mask_token_id is not None:
             mask, size = self.mask_token_id, self.vocab_size
             return MaskCourse(seq, state, growth, shaper, mask=mask, depth=depth, vocab_size=size)
@@ -198,21 +193,6 @@ class ModelDrafter:
             vocab_size=self.vocab_size,
             num_ids=num_ids,
             recall=recall,
-        )
-
-    def _ranker(self, seq: Sequence) -> Shaper:
-        """Shapes what greedy drafts rank by: probabilities, where the law itself has one token.
-
-        Only minimum length asks for the end tokens, and the draft model's own are as good.
-        """
-        sampling = replace(seq.request.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-        ends = self.runner.network.spec.eos_token_ids
-        return Shaper(
-            sampling,
-            vocab_size=self.vocab_size,
-            eos_token_ids=[token for token in ends if token < self.vocab_size],
-            bad_words_ids=seq.request.bad_words_ids,
-            num_prompt=seq.num_prompt,
         )
 
     def _run_first(self, courses: list[Course]) -> None:
@@ -242,66 +222,12 @@ class ModelDrafter:
         """One pass; every course that it gives logits grows by them."""
         output = self.runner.run(pieces)
         self.num_forwards += 1
-        peaks = self._peaks(courses, pieces, output)
-        asking: list[tuple[Course, int]] = []
+        fed: list[Fed] = []
         for course, piece, first in zip(courses, pieces, output.first, strict=True):
             course.state.num_cached = piece.num_cached + len(piece.chain)
-            if first >= 0 and not course.follow_argmax(output.argmax_N, first, peaks):
-                asking.append((course, first))
-        while asking:
-            asking = self._grow(asking, output.logits_NV)
-
-    def _peaks(
-        self, courses: list[Course], pieces: list[Piece], output: TargetOutput
-    ) -> Mapping[int, float]:
-        """By row, the largest probability, for courses that grow without laws but ask for it."""
-        if not any(course.needs_peaks for course in courses):
-            return NO_PEAKS
-        rows = [
-            row
-            for course, piece, first in zip(courses, pieces, output.first, strict=True)
-            if first >= 0 and course.needs_peaks
-            for row in range(first, first + 1 + len(piece.tree.tokens))
-        ]
-        logits_NV = output.logits_NV
-        logits_RV = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
-        peaks_R = fit(logits_RV, self.vocab_size).float().softmax(dim=1).amax(dim=1)
-        return dict(zip(rows, peaks_R.tolist(), strict=True))
-
-    def _grow(
-        self, asking: list[tuple[Course, int]], logits_NV: Tensor
-    ) -> list[tuple[Course, int]]:
-        """Hands courses the laws they ask for; returns those that this pass can tell more."""
-        asked = [course.asks() for course, _ in asking]
-        asks = [
-            (course, first + row, path)
-            for (course, first), rows in zip(asking, asked, strict=True)
-            for row, path in rows
-        ]
-        made = self._laws_together(asks, logits_NV)
-        laws = iter(
-            made[row] if row in made else self._law(course, logits_NV[row], path)
-            for course, row, path in asks
-        )
-        return [
-            (course, first)
-            for (course, first), rows in zip(asking, asked, strict=True)
-            if course.take([next(laws) for _ in rows])
-        ]
-
-    def _laws_together(
-        self, asks: list[tuple[Course, int, Items[int]]], logits_NV: Tensor
-    ) -> dict[int, Tensor | None]:
-        """By row, the laws that a temperature alone shapes, made in one go."""
-        shapers = {row: c.shaper for c, row, _ in asks if c.shaper.is_only_scaled}
-        if not shapers:
-            return {}
-        logits_RV = fit(logits_NV[list(shapers)], self.vocab_size)
-        return dict(zip(shapers, laws_together(logits_RV, list(shapers.values())), strict=True))
-
-    def _law(self, course: Course, logits_V: Tensor, path: Items[int]) -> Tensor | None:
-        logits_V = fit(logits_V, self.vocab_size)
-        return draft_law(course.seq, logits_V, path, course.shaper)
+            if first >= 0:
+                fed.append(Fed(course, first, 1 + len(piece.tree.tokens)))
+        feed(fed, output, self.vocab_size)
 
     def _finish(self, course: Course | None) -> DraftTree:
         if course is None:
@@ -313,11 +239,3 @@ class ModelDrafter:
 
 def _recall(seq: Sequence) -> Recall:
     return Recall(seq.speculation.prompt_lookup_min, seq.speculation.prompt_lookup_max)
-
-
-def fit(logits: Tensor, vocab_size: int) -> Tensor:
-    """Rows (or one row) cut, or padded with -inf, to the target's vocabulary."""
-    missing = vocab_size - logits.shape[-1]
-    if missing <= 0:
-        return logits[..., :vocab_size]
-    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

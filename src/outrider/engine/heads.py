@@ -23,6 +23,7 @@ RUN_BY = {
     Family.BLOCK: "block",
     Family.MEDUSA: "medusa",
     Family.MTP: "mtp",
+    Family.KV: "kv_draft",
 }
 SAMPLE = 4096  # values of either end of a tensor
 NO_HEADS = (Family.DRAFT_MODEL, Family.PARD)

@@ -33,6 +33,14 @@ class Family:
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
 
 
+QWEN2 = Family(
+    has_qkv_bias=True,
+    has_output_bias=False,
+    has_mlp_bias=False,
+    sliding="late",
+    is_sliding_optional=True,
+    default_window=4096,
+)
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(
@@ -42,14 +50,8 @@ FAMILIES = {
         sliding="all",
         default_window=4096,
     ),
-    "qwen2": Family(
-        has_qkv_bias=True,
-        has_output_bias=False,
-        has_mlp_bias=False,
-        sliding="late",
-        is_sliding_optional=True,
-        default_window=4096,
-    ),
+    "qwen2": QWEN2,
+    "mimo": QWEN2,
     "qwen3": Family(
         head_dim=128,
         has_mlp_bias=False,

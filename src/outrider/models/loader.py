@@ -10,6 +10,7 @@ from outrider.errors import ConfigError, ModelError, unknown
 from outrider.models.checkpoint import eos_token_ids, fingerprint, load_tensors, read_config
 from outrider.models.config import DecoderConfig, is_lean
 from outrider.models.decoder import Decoder
+from outrider.models.heads.native import native_names
 from outrider.models.hub import resolve
 from outrider.models.weights import EMBEDDING
 from outrider.ops.base import Ops
@@ -59,6 +60,8 @@ def load_decoder(
     config = DecoderConfig.from_dict(values)
     device = pick_device(device)
     tensors = load_tensors(folder)
+    for extra in native_names(tensors):  # heads that came with it are loaded as heads
+        del tensors[extra]
     stored = stored_dtype(values)
     if stored is None and EMBEDDING in tensors:
         stored = str(tensors[EMBEDDING].dtype).removeprefix("torch.")

@@ -47,6 +47,8 @@ class Runner:
     def __init__(self, network: Network, pool: KVPool) -> None:
         self.network = network
         self.pool = pool
+        # Asked once: a protocol is looked up name by name.
+        self._shows = network if isinstance(network, ShowsStates) else None
 
     def forward(
         self, batch: Batch, drafts: list[DraftTree], taps: tuple[int, ...] = ()
@@ -84,8 +86,8 @@ class Runner:
         tokens_N, wanted_R, kv = upload(tokens, device), upload(wanted, device), self.pool.layers
         states = None
         if taps:
-            assert isinstance(network, ShowsStates)
-            logits_RV, tapped_AND = network.forward_tapped(tokens_N, layout, kv, wanted_R, taps)
+            assert self._shows is not None, "no hidden states in this network"
+            logits_RV, tapped_AND = self._shows.forward_tapped(tokens_N, layout, kv, wanted_R, taps)
             states = _states(pieces, taps, tapped_AND)
         else:
             logits_RV = network.forward(tokens_N, layout, kv, wanted_R)

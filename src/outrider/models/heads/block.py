@@ -130,6 +130,8 @@ def _shapes(
         # Its vocabulary may be larger than the target's: the mask token lies beyond.
         rows = max(given.shape("embed_tokens.weight")[0], widths.vocab)
         optional["embed_tokens.weight"] = (rows, hidden)
+    if markov:
+        optional |= {"markov.gate.bias": (markov.rank,), "markov.joint.bias": (3 * markov.rank,)}
     return shapes, optional
 
 

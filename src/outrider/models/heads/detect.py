@@ -31,6 +31,7 @@ SAID_BY = {
     Family.MLP_SPECULATOR: "model_type 'mlp_speculator'",
     Family.MTP: "num_nextn_predict_layers",
     Family.PARD2: "pard2",
+    Family.KV: "model_type 'outrider_kv_head'",
 }
 _MEDUSA = re.compile(
     r"(medusa_heads?\.)?\d+\.\d+\.(linear\.)?(weight|bias)$"
@@ -39,6 +40,7 @@ _MEDUSA = re.compile(
 _MTP = re.compile(r"mtp\.|.*\.eh_proj\.weight$|(model\.)?mtp_layers\.")
 _EMBEDDING = re.compile(r".*(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 _HYDRA, _MLP = re.compile(r"hydra_mlp\."), re.compile(r"speculator\.emb\.0\.weight$")
+_KV = re.compile(r"feature_norm\.weight$")
 _WARP = re.compile(r"target_proj\.weight$")
 
 
@@ -125,6 +127,8 @@ def _claim_heads(config: Mapping[str, Any]) -> Evidence | None:
     kind = config.get("model_type")
     if config.get("medusa_num_heads") or kind == "medusa":
         return Evidence(Family.MEDUSA, "medusa_num_heads or model_type 'medusa'")
+    if kind == "outrider_kv_head":
+        return Evidence(Family.KV, "model_type 'outrider_kv_head'")
     if config.get("hydra_num_heads"):
         return Evidence(Family.HYDRA, f"hydra_num_heads={config['hydra_num_heads']!r}")
     if config.get("n_predict") or kind == "mlp_speculator":
@@ -164,6 +168,7 @@ def _show_names(names: Collection[str]) -> Evidence | None:
         (Family.PARD2, _WARP, "a tensor 'target_proj.weight' (warp_model.bin)"),
         (Family.MEDUSA, _MEDUSA, "residual blocks per head"),
         (Family.HYDRA, _HYDRA, "tensors 'hydra_mlp.*'"),
+        (Family.KV, _KV, "a tensor 'feature_norm.weight'"),
         (Family.MLP_SPECULATOR, _MLP, "a tensor 'speculator.emb.0.weight'"),
     ):
         if any(pattern.match(name) for name in names):

@@ -26,6 +26,7 @@ from outrider.models.heads.detect import detect
 from outrider.models.heads.eagle import read_eagle, read_eagle3, read_peagle
 from outrider.models.heads.files import HeadFiles
 from outrider.models.heads.given import Given, Shape
+from outrider.models.heads.kv_head import read_kv
 from outrider.models.heads.medusa import heads_in_target, read_medusa
 from outrider.models.heads.mtp import find_modules, read_mtp
 from outrider.models.heads.names import canonical
@@ -45,6 +46,7 @@ READERS = {
     Family.EAGLE3: read_eagle3,
     Family.PEAGLE: read_peagle,
     Family.MEDUSA: read_medusa,
+    Family.KV: read_kv,
 }
 NOT_SERVED = {
     Family.PARD2: "delete warp_model.bin and 'pard2' from config.json to run it as a PARD model",

@@ -107,6 +107,14 @@ def find_modules(names: Iterable[str]) -> Modules:
     return Modules(layout, written, len(numbers), numbers[0])
 
 
+def module_names(names: Iterable[str]) -> set[str]:
+    """Those of MTP modules, of which a checkpoint may hold none."""
+    names = list(names)
+    if not any(_numbers(layout, names) for layout in LAYOUTS):
+        return set()
+    return set(find_modules(names).written.values())
+
+
 def read_mtp(given: Given, modules: Modules, target_shapes: Mapping[str, Shape]) -> Head:
     """DeepSeek-V3 (2024, section 2.2), GLM, Qwen3-Next, MiMo, and speculators' modules.
 

@@ -28,6 +28,7 @@ class Family(StrEnum):
     BLOCK = "block"  # DFlash, DSpark and their kin
     MEDUSA = "medusa"
     MTP = "mtp"
+    KV = "kv"  # reads the target's keys and values
     PARD = "pard"
     PARD2 = "pard2"
     HYDRA = "hydra"
