@@ -64,9 +64,7 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def _serve(
-    llm: LLM, questions: tuple[Question, ...], temperature: float, max_tokens: int
-) -> None:
+def _serve(llm: LLM, questions: tuple[Question, ...], temperature: float, max_tokens: int) -> None:
     """Answers some requests, so that every arm's policy begins with what was seen of drafts."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
     for question in questions:

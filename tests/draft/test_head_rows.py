@@ -187,8 +187,17 @@ def test_the_prompts_rows_are_run_at_once_where_others_start_from_them():
     commit = Commit(leader, tokens=(6,))
     (overdue,) = observe(rows, [commit], position_states([0], [5]))
     assert overdue.num_rows == 4
-    alone = sequence([1, 2, 3, 4, 5, 6], num_prompt=5)
-    assert observe(rows, [Commit(alone, tokens=(6,))], position_states([0], [5])) == []
+    alone = sequence([1, 2, 3, 4, 5], num_prompt=4)
+    assert observe(rows, [Commit(alone, tokens=(5,))], position_states([0], [4])) == []
+
+
+def test_the_prompts_rows_are_run_at_once_where_they_fill_a_block():
+    """Others with this prompt may come in the next step, and find the target's blocks of it."""
+    rows, alone = rows_of(), sequence([1, 2, 3, 4, 5, 6, 7], num_prompt=6)
+    (overdue,) = observe(rows, [Commit(alone, tokens=(7,))], position_states([0], [6]))
+    assert overdue.num_rows == 5
+    rows = rows_of(enable_prefix_caching=False)
+    assert observe(rows, [Commit(alone, tokens=(7,))], position_states([0], [6])) == []
 
 
 @pytest.mark.parametrize(("length", "num_rows"), [(4, 0), (5, 4), (7, 6)])
@@ -203,7 +212,7 @@ def test_the_end_of_a_sequence_runs_rows_that_fill_a_block(length, num_rows):
 
 def test_too_many_that_wait_are_run_all_but_one(monkeypatch):
     monkeypatch.setattr("outrider.draft.head_rows.MAX_WAITING", 5)
-    rows, seq = rows_of(), sequence(range(20))
+    rows, seq = rows_of(enable_prefix_caching=False), sequence(range(20))
     assert observe(rows, [Commit(seq)], position_states([0], [5])) == []
     (overdue,) = observe(rows, [Commit(seq)], position_states([5], [1]))
     assert overdue.num_rows == 5

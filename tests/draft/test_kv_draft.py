@@ -346,13 +346,18 @@ def test_no_draft_reaches_beyond_the_context():
     assert not drafted(engine, seq, 5)
 
 
-def test_a_feature_of_another_position_is_not_used():
+def test_without_kv_or_feature_of_every_committed_position_nothing_is_drafted():
     target = tiny_decoder(3)
     engine = with_head(target, good_head(target))
     seq = running(engine, request())
     assert drafted(engine, seq, 2)
     seq.drafter_state["kv_draft"].position -= 1
     assert not drafted(engine, seq, 2)
+    seq.drafter_state["kv_draft"].position += 1
+    seq.num_cached -= 1
+    assert not drafted(engine, seq, 2)
+    seq.num_cached += 1
+    assert drafted(engine, seq, 2)
 
 
 def running(engine, asked):

@@ -16,8 +16,7 @@ from outrider.draft.base import ModelParts, Surroundings
 from outrider.draft.drawing import draft_law
 from outrider.draft.feeding import make_ranker
 from outrider.draft.growth import plant
-from outrider.draft.medusa import MedusaDrafter, ProductTree
-from outrider.draft.tree_search import BestFirst
+from outrider.draft.medusa import MedusaDrafter
 from outrider.errors import ConfigError
 from outrider.models.config import DecoderConfig
 from outrider.models.decoder import Decoder
@@ -303,41 +302,6 @@ def best_paths(laws_KV, width, num_nodes):
             path = tuple(int(ranked[d].indices[rank]) for d, rank in enumerate(ranks))
             worth[path] = math.prod(float(ranked[d].values[rank]) for d, rank in enumerate(ranks))
     return set(sorted(worth, key=lambda path: -worth[path])[:num_nodes])
-
-
-@pytest.mark.parametrize("num_nodes", [1, 2, 5, 13, 40, 200])
-@pytest.mark.parametrize("width", [1, 2, 5])
-@pytest.mark.parametrize("has_noise", [False, True])
-def test_a_product_tree_is_the_best_first_tree(num_nodes, width, has_noise):
-    """The twin expands every node with a law of its own; here they are all alike."""
-    generator = torch.Generator().manual_seed(num_nodes + width)
-    laws = [(torch.randn(30, generator=generator).double() * 2).softmax(0) for _ in range(4)]
-    noises = -torch.log(-torch.log(torch.rand(4, 30, generator=generator).double()))
-    noise = (lambda level, size: noises[level, :size]) if has_noise else None
-    fast = ProductTree(width, 4, num_nodes, noise)
-    slow = BestFirst(width, 4, num_nodes, noise)
-    while nodes := fast.wanted():
-        fast.take([laws[len(fast.path_tokens(node))] for node in nodes])
-    while nodes := slow.wanted():
-        slow.take([laws[len(slow.path_tokens(node))] for node in nodes])
-    fast.tree("").check()
-    assert paths(fast.tree("")) == paths(slow.tree(""))
-    if not has_noise:
-        found = best_paths(torch.stack(laws), min(width, num_nodes), num_nodes)
-        assert paths(fast.tree("")) == found
-
-
-def test_a_product_tree_ends_where_no_token_can_follow():
-    tree = ProductTree(3, 4, 20)
-    tree.take([torch.tensor([0.5, 0.0, 0.5])])
-    tree.take([torch.tensor([0.0, 1.0, 0.0])])
-    tree.take([None])
-    assert tree.wanted() == []
-    assert paths(tree.tree("")) == {(0,), (2,), (0, 1), (2, 1)}
-    tree = ProductTree(3, 4, 20)
-    tree.add([1, 2, 0], [float("nan")] * 3)
-    assert tree.wanted() == []
-    assert len(tree.tree("")) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 
 from outrider.engine.heads import is_head
 from outrider.engine.llm import LLM
+from outrider.engine.warmth import Warmth
 from outrider.errors import ConfigError, OutriderError, PairError
 from outrider.request import SamplingParams, SpeculationParams
-from tests.models.heads import layouts
+from tests.models.heads import kv_heads, layouts
+from tests.models.heads.heads_for_tests import target_decoder
 from tests.models.heads.layouts import (
     DECODER,
     ROPE,
@@ -65,8 +67,18 @@ def block(folder: Path) -> Path:
 
 
 def dspark(folder: Path) -> Path:
-    config = layouts.speculators_block_config("dspark", markov_rank=6, markov_head_type="vanilla")
-    return write(folder, config, random_dspark())
+    tensors = layouts.renamed(random_block() | random_dspark(), *layouts.DSPARK_NAMES)
+    return write(folder, layouts.speculators_block_config("dspark"), tensors)
+
+
+def peagle(folder: Path) -> Path:
+    head = random_eagle3()
+    head.tensors["mask_hidden"] = layouts.Random(9)(1, 1, 3 * H)
+    return write_speculators(folder, head, "peagle", mask_token_id=39)
+
+
+def kv(folder: Path) -> Path:
+    return kv_heads.write(folder, kv_heads.random_head(target_decoder()))
 
 
 FAMILIES: dict[str, tuple[str, Callable[[Path], Path]]] = {
@@ -74,7 +86,10 @@ FAMILIES: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "eagle3": ("eagle", lambda folder: write_eagle(folder, random_eagle3())),
     "speculators": ("eagle", lambda folder: write_speculators(folder, random_eagle3())),
     "medusa": ("medusa", medusa),
+    "peagle": ("eagle", peagle),
     "dflash": ("block", block),
+    "dspark": ("block", dspark),
+    "kv": ("kv_draft", kv),
 }
 
 
@@ -89,9 +104,11 @@ def plain(target: Path) -> dict[float, list[int]]:
     return {s.temperature: answer(llm, s, "off") for s in (GREEDY, SAMPLED)}
 
 
-def answer(llm: LLM, sampling: SamplingParams, method: str | None) -> list[int]:
+def answer(
+    llm: LLM, sampling: SamplingParams, method: str | None, prompt: list[int] = PROMPT
+) -> list[int]:
     spec = SpeculationParams(method=method) if method else None
-    (output,) = llm.generate([PROMPT], sampling, spec)
+    (output,) = llm.generate([prompt], sampling, spec)
     return list(output.token_ids)
 
 
@@ -110,6 +127,23 @@ def test_a_head_named_as_draft_model_drafts(
         (output,) = llm.generate([PROMPT], sampling, spec)
         assert list(output.token_ids) == plain[sampling.temperature]
     assert llm.engine.stats.num_drafts > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_restart_finds_what_a_head_had_computed(name: str, target: Path, tmp_path: Path) -> None:
+    """Another process knows the head by its weights, wherever it lies now."""
+    drafter, make = FAMILIES[name]
+    llm = LLM(str(target), draft_model=make(tmp_path / name), load_tokenizer=False)
+    log = [*PROMPT, *answer(llm, SAMPLED, drafter)] * 2
+    log += answer(llm, SAMPLED, drafter, log)
+    kept = Warmth(llm.engine, tmp_path / "kept").snapshot(log)
+    assert kept.kv_tokens > 48
+    later = LLM(str(target), draft_model=make(tmp_path / "moved"), load_tokenizer=False)
+    report = Warmth(later.engine, tmp_path / "kept").restore(log)
+    assert report.kv_tokens == kept.kv_tokens
+    assert report.drafters[drafter] == ("R2", kept.watermarks[drafter], "")
+    assert kept.watermarks[drafter] == kept.kv_tokens
+    assert not report.is_half_warm
 
 
 def test_several_heads_serve_one_engine(
@@ -153,8 +187,8 @@ def test_medusa_heads_in_a_full_model_are_native(
     ("heads", "told"),
     [
         (["eagle3", "speculators"], "both run by 'eagle'"),
-        (["target"], "load it as a draft model"),
-        (["native"], "no known draft head|full decoder|draft_model"),
+        (["target"], "hold no MTP modules"),
+        (["native"], "hold no MTP modules"),
     ],
 )
 def test_heads_that_cannot_serve_are_refused(

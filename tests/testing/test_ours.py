@@ -10,6 +10,8 @@ from outrider.draft.draft_model import ModelDrafter
 from outrider.draft.translate import TranslateDrafter
 from outrider.registry import DRAFTERS, VERIFIERS
 from outrider.testing import ByteTokenizer, check_drafter, check_verifier, tiny_decoder, tiny_engine
+from tests.draft.heads import KINDS, head, loud_target
+from tests.draft.test_kv_draft import heirs_have_the_kv  # noqa: F401 (a fixture)
 from tests.draft.vocabularies import letters, speaker
 
 VOCAB = 256
@@ -35,12 +37,19 @@ DRAFTER_SETTINGS = {
     ],
 }
 COSTLY = ("draft_model", "cascade")
+# Of each drafter that runs a head, the kinds of heads it runs.
+HEADS = {name: [k for k, v in KINDS.items() if v.drafter.name == name] for name in OURS}
 RULE_OPTIONS = {
     "gbv": [{"rule": "recursive"}],
     "typical": [{"epsilon": 1.0, "delta": 0.0}],
     "fly": [{"reading": "released"}, {"reading": "paper", "window": 1, "theta": 0.0}],
     "synthetic": [{"length": 2.5}, {"rates": "1, 0.5"}, {"geometric": 1.0}],
 }
+
+
+def with_head(kind):
+    """What else an engine with a head is made of."""
+    return {"target": loud_target(), "heads": {KINDS[kind].drafter.name: head(kind)}}
 
 
 def with_defaults(names, settings):
@@ -86,14 +95,25 @@ def in_parallel() -> ModelDrafter:
 
 
 @pytest.mark.parametrize(("name", "setting"), with_defaults(OURS, DRAFTER_SETTINGS))
-def test_drafters(name, setting, datastore):
-    more = {"prediction_token_ids": GUESS} if "prediction" in DRAFTERS.load(name).needs else {}
+def test_drafters(name, setting, datastore, request):
+    if name == "kv_draft":
+        request.getfixturevalue("heirs_have_the_kv")
+    needs = DRAFTERS.load(name).needs
+    more = {"prediction_token_ids": GUESS} if "prediction" in needs else {}
+    made = with_head(HEADS[name][0]) if "head" in needs else {}
     check_drafter(
         translate if name == "translate" else name,
         speculation={**more, **setting},
         beside=("suffix",) if name == "cascade" else (),
         datastore=datastore,
+        **made,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kinds in HEADS.values() for kind in kinds[1:]])
+def test_further_kinds_of_heads(kind):
+    check_drafter(KINDS[kind].drafter, **with_head(kind))
 
 
 @pytest.mark.slow

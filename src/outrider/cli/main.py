@@ -6,7 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from outrider import __version__
-from outrider.cli import bench, chat, demo, generate, index, plugins, serve, train
+from outrider.cli import bench, chat, demo, doctor, generate, index, plugins, serve, train
 from outrider.errors import OutriderError
 
 
@@ -36,6 +36,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("plugins")(plugins.plugins)
+app.command("doctor")(doctor.doctor)
 app.add_typer(train.app, name="train")
 app.add_typer(index.app, name="index")
 app.add_typer(bench.app, name="bench")

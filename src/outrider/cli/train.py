@@ -6,11 +6,13 @@ from typing import Annotated
 import torch
 import typer
 
+from outrider.cli.train_draft import draft
 from outrider.models.hub import resolve
 from outrider.train.demo import NUM_DRAFT_STEPS, NUM_TARGET_STEPS, train_demo
 from outrider.train.grow import grow as grow_checkpoint
 
-app = typer.Typer(no_args_is_help=True, help="Train the demo pair, or grow a checkpoint.")
+app = typer.Typer(no_args_is_help=True, help="Train the demo pair, a draft, or grow a model.")
+app.command("draft")(draft)
 
 
 @app.command("demo")

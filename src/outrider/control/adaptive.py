@@ -137,6 +137,8 @@ class AdaptivePolicy:
         Raises:
             ValueError: they are of another form; then nothing changed.
         """
+        if not isinstance(saved, dict):
+            raise ValueError(f"no prices, but a {type(saved).__name__}")
         acceptance = Minds.read(saved.get("acceptance", []))
         self.lessons.cost.load(saved)
         self.lessons.minds.shared.update(acceptance)

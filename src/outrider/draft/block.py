@@ -17,7 +17,7 @@ from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
 from outrider.draft.base import Surroundings
 from outrider.draft.block_course import Asked, PathGrower, SureLine
-from outrider.draft.feeding import Fed, Grower, MarginalGrower, feed
+from outrider.draft.feeding import Fed, Grower, MarginalGrower, by_depth, feed
 from outrider.draft.growth import Line, plant
 from outrider.draft.head_drafter import HeadDrafter, find_head, find_target
 from outrider.draft.head_rows import RowState
@@ -113,7 +113,7 @@ class BlockDrafter(HeadDrafter):
         growth = plant(seq, plan._replace(depth=depth))
         shaper = self.shaper(seq, state, growth)
         if network.finish is None:
-            grower = MarginalGrower(seq, growth, shaper)
+            grower = MarginalGrower(seq, by_depth(seq, growth), shaper)
             grower.vocab_size = spec.vocab_size
             return grower
         if network.finish.has_estimate and isinstance(growth, Line) and growth.stop is not None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence as Items
 from torch import Tensor
 
 from outrider.draft.draft_kv import DraftState
-from outrider.draft.feeding import NO_PEAKS, Grower, MarginalGrower
+from outrider.draft.feeding import NO_PEAKS, Grower, MarginalGrower, by_depth
 from outrider.draft.growth import Growth, Line
 from outrider.draft.recall import Recall
 from outrider.models.runner import Piece
@@ -173,7 +173,7 @@ class MaskCourse(MarginalGrower, Course):
         depth: int,
         vocab_size: int,
     ) -> None:
-        super().__init__(seq, state, growth, shaper)
+        super().__init__(seq, state, by_depth(seq, growth), shaper)
         self.vocab_size = vocab_size
         self._masks = DraftTree.chain([mask] * (depth - 1), "")
 

@@ -1,6 +1,7 @@
 """How the laws of a pass feed drafts in the making, whatever network ran it.
 
-Shape legend: N rows of a pass, R of them that somebody asks about, V vocabulary of the target.
+Shape legend: N rows of a pass, R of them that somebody asks about, V vocabulary of the target, W
+width of the widest tree.
 """
 
 from collections.abc import Mapping, Sequence as Items
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from outrider.draft.drawing import draft_law
 from outrider.draft.growth import Growth, Line
+from outrider.draft.tree_search import BestFirst, ProductTree
 from outrider.sampling.shaper import Shaper, laws_together
 from outrider.sequence import Sequence
 from outrider.step import TargetOutput
@@ -35,6 +37,11 @@ class Grower:
     @property
     def is_done(self) -> bool:
         return not self.growth.wanted()
+
+    @property
+    def ranks(self) -> ProductTree | None:
+        """Its growth, if the likeliest tokens of each depth are all that it is made of."""
+        return None
 
     @property
     def needs_peaks(self) -> bool:
@@ -65,13 +72,25 @@ class Grower:
 class MarginalGrower(Grower):
     """Grows by one pass whose row d gives the law at depth d + 1, whatever was drafted before it.
 
-    The draft's law is a product of laws, each shaped along the path.
+    The draft's law is a product of laws, each shaped along the path. It asks for one law per depth
+    where no setting of the request looks at the path. Trees come as `by_depth` makes them.
 
     Attributes:
         vocab_size: of the target; set by whoever makes one.
     """
 
     vocab_size: int
+
+    @property
+    def ranks(self) -> ProductTree | None:
+        tree = self.growth
+        if not isinstance(tree, ProductTree) or tree.noise is not None:
+            return None
+        return tree if self.shaper.is_only_scaled else None
+
+    @cached_property
+    def _is_by_path(self) -> bool:
+        return is_by_path(self.seq)
 
     @cached_property
     def _line(self) -> Line | None:
@@ -96,10 +115,14 @@ class MarginalGrower(Grower):
         return True
 
     def asks(self) -> list[tuple[int, Items[int]]]:
-        paths = [self.growth.path_tokens(node) for node in self.growth.wanted()]
+        nodes = self.growth.wanted()
+        asking = nodes if self._is_by_path else nodes[:1]
+        paths = [self.growth.path_tokens(node) for node in asking]
         return [(len(path), path) for path in paths]
 
     def take(self, laws: Items[Tensor | None]) -> bool:
+        if not self._is_by_path:
+            laws = list(laws) * len(self.growth.wanted())
         self.growth.take(laws)
         return not self.is_done
 
@@ -118,6 +141,10 @@ def feed(fed: list[Fed], output: TargetOutput, vocab_size: int) -> None:
     Args:
         vocab_size: of the target; logits of another width are cut, or padded with -inf.
     """
+    ranked = [(part, tree) for part in fed if (tree := part.grower.ranks) is not None]
+    if ranked:
+        _rank(ranked, output.logits_NV, vocab_size)
+        fed = [part for part in fed if part.grower.ranks is None]
     peaks = _peaks(fed, output, vocab_size)
     asking = [
         (grower, first)
@@ -126,6 +153,21 @@ def feed(fed: list[Fed], output: TargetOutput, vocab_size: int) -> None:
     ]
     while asking:
         asking = _grow(asking, output.logits_NV, vocab_size)
+
+
+def by_depth(seq: Sequence, growth: Growth) -> Growth:
+    """What grows as this does, of fewer laws if it can, where the law at a depth is but one."""
+    if not isinstance(growth, BestFirst) or is_by_path(seq):
+        return growth
+    return ProductTree.like(growth)
+
+
+def is_by_path(seq: Sequence) -> bool:
+    """Whether settings make laws depend on the tokens above, not only on how many they are."""
+    sampling = seq.request.sampling
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
+    is_counting = sampling.repetition_penalty != 1.0 or any(penalties)
+    return seq.grammar is not None or bool(seq.request.bad_words_ids) or is_counting
 
 
 def argmax_line(seq: Sequence, growth: Growth) -> Line | None:
@@ -161,6 +203,24 @@ def fit(logits: Tensor, vocab_size: int) -> Tensor:
     if missing <= 0:
         return logits[..., :vocab_size]
     return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+
+
+def _rank(ranked: list[tuple[Fed, ProductTree]], logits_NV: Tensor, vocab_size: int) -> None:
+    """Trees get the likeliest tokens of all depths; no more than those leave the device."""
+    rows = [row for (_, first, count), _ in ranked for row in range(first, first + count)]
+    logits_RV = fit(logits_NV if len(rows) == len(logits_NV) else logits_NV[rows], vocab_size)
+    temperatures = [
+        [part.grower.shaper.sampling.temperature]
+        for part, _ in ranked
+        for _ in range(part.num_rows)
+    ]
+    scaled_RV = logits_RV / torch.tensor(temperatures, device=logits_RV.device)
+    best_RW = scaled_RV.topk(min(max(tree.width for _, tree in ranked), vocab_size))
+    values_RW = best_RW.values - scaled_RV.logsumexp(dim=1, keepdim=True)
+    levels = zip(best_RW.indices.tolist(), values_RW.tolist(), strict=True)
+    for part, tree in ranked:
+        for _ in range(part.num_rows):
+            tree.add(*next(levels))
 
 
 def _peaks(fed: list[Fed], output: TargetOutput, vocab_size: int) -> Mapping[int, float]:

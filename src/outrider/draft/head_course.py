@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence as Items
 import torch
 from torch import Tensor
 
-from outrider.draft.feeding import NO_PEAKS, Grower, MarginalGrower, argmax_line
+from outrider.draft.feeding import NO_PEAKS, Grower, MarginalGrower, argmax_line, by_depth
 from outrider.draft.growth import Growth
 from outrider.draft.head_rows import RowState
 from outrider.models.heads.network import HeadPiece
@@ -120,7 +120,7 @@ class HeadMaskCourse(MarginalGrower, HeadCourse):
         depth: int,
         vocab_size: int,
     ) -> None:
-        super().__init__(seq, state, growth, shaper)
+        super().__init__(seq, state, by_depth(seq, growth), shaper)
         self.vocab_size = vocab_size
         self._masks = DraftTree.chain([mask] * (depth - 1), "")
         self._mask_1D = mask_1D

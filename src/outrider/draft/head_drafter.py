@@ -5,29 +5,33 @@ rethinking feature uncertainty"; algorithms 4.4): row t pairs the feature of pos
 token at t + 1. Rows of committed tokens read true features of the target; those of drafted tokens
 read what the row before handed them, and their KV is void once the draft is done.
 
-Shape legend: N rows of a pass, P rows of one sequence in it, D width of what a row is fed with.
+Shape legend: N rows of a pass, P rows of one sequence in it, D width of what a row is fed with, A
+boundaries between layers of the target, R positions, H hidden width of the target.
 """
 
 from collections.abc import Mapping, Sequence as Items
 
+import torch
 from torch import Tensor
 
-from outrider.cache.table import BlockManager
+from outrider.cache.table import BlockManager, BlockTable
 from outrider.draft.base import Snapshot, Surroundings, Warmth
 from outrider.draft.feeding import Fed, feed, make_ranker, needs_ranker
 from outrider.draft.growth import Growth, Line, plant
 from outrider.draft.head_course import HeadCourse, HeadLineCourse, HeadTreeCourse
-from outrider.draft.head_rows import HeadRows, Overdue, RowState
+from outrider.draft.head_rows import HeadRows, Overdue, RowState, salt_of
+from outrider.draft.warm import PrefixCache
 from outrider.errors import ConfigError
 from outrider.models.base import ModelSpec, ShowsStates
 from outrider.models.heads.network import HeadPiece, HeadRunner, RowNetwork, ShownTarget
 from outrider.models.heads.spec import Head
-from outrider.request import Option
+from outrider.request import OFF, Option
 from outrider.sampling.shaper import Shaper
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
 
 MAX_ROWS = 2048  # of a pass, the drafted ones left aside
+MAX_RERUN = 8192  # tokens of a cached prefix that the target runs again for their features
 
 
 class HeadDrafter:
@@ -121,15 +125,30 @@ class HeadDrafter:
     def restore(self, seq: Sequence, snapshot: Snapshot) -> int:
         return self.rows.load(seq, snapshot.state)
 
+    def prefix_cache(self, tokens: Items[int]) -> PrefixCache:
+        """Row t is known by the tokens up to t + 1."""
+        return PrefixCache(self.runner, self.manager, tokens[1:], salt=salt_of(tokens))
+
+    @torch.inference_mode()
+    def rerun(self, table: BlockTable, tokens: Items[int], start: int, tapped_ARH: Tensor) -> None:
+        """See `MadeOfStates`."""
+        inputs_RD = self.runner.network.read(tapped_ARH)
+        stop = start + len(inputs_RD)
+        piece = HeadPiece(table, start, tokens[start:stop], EMPTY_TREE, inputs_RD, False)
+        self.run_pass([piece], 0)
+        self.num_forwards += 1
+
     def first_missing(self, seq: Sequence) -> int | None:
-        """Where features of a cached prefix are missing, if the way back is short."""
-        if self._target_manager is None:
+        """Where features of a cached prefix are missing.
+
+        Running it again is paid once: its rows are found by whoever comes later with that prefix.
+        """
+        if self._target_manager is None or seq.speculation.policy == OFF:
             return None
         state = seq.drafter_state.get(self.name)
         known = state.next_position if isinstance(state, RowState) else self.rows.num_known(seq)
         num_hit = self._target_manager.match(seq.tokens, seq.request.tenant)
-        is_near = 0 < num_hit - known <= 2 * self._target_manager.block_size
-        return known if is_near else None
+        return known if 0 < num_hit - known <= MAX_RERUN else None
 
     def course(self, seq: Sequence, state: RowState, growth: Growth, depth: int) -> HeadCourse:
         """Which passes feed the growth of one draft."""

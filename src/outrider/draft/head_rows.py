@@ -242,7 +242,7 @@ class HeadRows:
     def _forked(self, seq: Sequence) -> RowState | None:
         """The prompt's rows of the request's first completion, for another that begins."""
         leader = self._leaders.get(seq.request.id)
-        if leader is None or seq.num_generated or leader.num_prompt != seq.num_prompt:
+        if leader is None or leader is seq or leader.num_prompt != seq.num_prompt:
             return None
         state: RowState = leader.drafter_state[self._name]
         num_shared = min(state.num_rows, seq.num_prompt - 1)
@@ -282,7 +282,9 @@ class HeadRows:
         if commit.finish_reason:
             return Overdue(seq, state, num_due if self._fills(state, num_due) else 0)
         is_first = _leads(seq) and 0 < seq.num_generated == len(commit.tokens)
-        is_now = state.num_waiting > MAX_WAITING or is_first
+        # Requests that come while this prompt is new will find the target's blocks of it at once.
+        is_shared = state.next_row < seq.num_prompt - 1 and self._fills(state, num_due - 1)
+        is_now = state.num_waiting > MAX_WAITING or is_first or is_shared
         # One is left for the next draft, which wants its logits.
         return Overdue(seq, state, max(num_due - 1, 0) if is_now else 0)
 
@@ -316,6 +318,10 @@ def _num_common(tokens: Items[int], others: Items[int]) -> int:
     return next(differing, min(len(tokens), len(others)))
 
 
+def salt_of(tokens: Items[int]) -> str:
+    """Rows are hashed by the tokens from the second on, so the first one is part of the salt."""
+    return f"\0{tokens[0]}" if tokens else ""
+
+
 def _salt(seq: Sequence) -> str:
-    """Blocks are hashed by the tokens from the second on, so the first one is part of the salt."""
-    return f"{seq.request.tenant}\0{seq.tokens[0]}"
+    return seq.request.tenant + salt_of(seq.tokens[:1])

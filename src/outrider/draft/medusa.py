@@ -7,30 +7,32 @@ Shape legend: R sequences, K depths, N rows of logits (sequence after sequence, 
 of them, D hidden width of the target, V vocabulary.
 """
 
-import heapq
 from collections.abc import Mapping, Sequence as Items
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from outrider.draft.base import Snapshot, Surroundings, Warmth
-from outrider.draft.feeding import Fed, MarginalGrower, feed, make_ranker, needs_ranker
+from outrider.draft.feeding import (
+    Fed,
+    MarginalGrower,
+    by_depth,
+    feed,
+    make_ranker,
+    needs_ranker,
+)
 from outrider.draft.growth import Growth, plant
 from outrider.draft.head_drafter import find_head, find_target
-from outrider.draft.tree_search import BestFirst, Noise
 from outrider.models.base import ModelSpec
 from outrider.models.heads.medusa_network import MedusaNetwork
 from outrider.models.runner import upload
 from outrider.ops.base import Ops
 from outrider.request import Option
-from outrider.sampling.rng import PositionStream
 from outrider.sampling.shaper import Shaper
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, States, TargetOutput
-
-NEVER = float("-inf")
 
 
 class Heads(Protocol):
@@ -163,12 +165,10 @@ class MedusaDrafter:
             return None
         if state.state_D is None or not _is_fresh(state, seq):
             return None
-        growth, is_by_path = plant(seq, plan._replace(depth=depth)), _is_by_path(seq)
-        shaper = self._shaper(seq, state, growth)
-        if isinstance(growth, BestFirst) and not is_by_path:
-            growth = ProductTree(plan.width, depth, plan.num_nodes, _noise(seq))
-        size = self.network.spec.vocab_size
-        return Course(DepthGrower(seq, growth, shaper, size, is_by_path), state.state_D, depth)
+        growth = by_depth(seq, plant(seq, plan._replace(depth=depth)))
+        grower = MarginalGrower(seq, growth, self._shaper(seq, state, growth))
+        grower.vocab_size = self.network.spec.vocab_size
+        return Course(grower, state.state_D, depth)
 
     def _shaper(self, seq: Sequence, state: LastState, growth: Growth) -> Shaper:
         """The request's own, or what ranks greedy drafts."""
@@ -187,151 +187,19 @@ class MedusaDrafter:
         logits_NV = self.network.forward(states_RD, depth).flatten(0, 1)
         self.num_forwards += 1
         first = range(0, len(logits_NV), depth)
-        ranked = [(c, row) for c, row in zip(courses, first, strict=True) if c.is_ranked]
-        if ranked:
-            _rank(ranked, logits_NV)
-        fed = [
-            Fed(course.grower, row, course.depth)
-            for course, row in zip(courses, first, strict=True)
-            if not course.is_ranked
-        ]
-        if fed:
-            argmax_N = self.network.ops.argmax(logits_NV)
-            output = TargetOutput(logits_NV, list(first), argmax_N)
-            feed(fed, output, self.network.spec.vocab_size)
+        fed = [Fed(c.grower, row, c.depth) for c, row in zip(courses, first, strict=True)]
+        is_ranked = all(course.grower.ranks is not None for course in courses)
+        argmax_N = [] if is_ranked else self.network.ops.argmax(logits_NV)
+        output = TargetOutput(logits_NV, list(first), argmax_N)
+        feed(fed, output, self.network.spec.vocab_size)
 
 
 class Course(NamedTuple):
     """The draft of one row, what it is made from, and how many depths it may have."""
 
-    grower: "DepthGrower"
+    grower: MarginalGrower
     state_D: Tensor
     depth: int
-
-    @property
-    def is_ranked(self) -> bool:
-        """Whether the likeliest tokens of each depth are all that its tree is made of."""
-        growth = self.grower.growth
-        is_plain = isinstance(growth, ProductTree) and growth.noise is None
-        return is_plain and self.grower.shaper.is_only_scaled
-
-
-class DepthGrower(MarginalGrower):
-    """Asks for one law per depth where that is enough.
-
-    Args:
-        is_by_path: whether a law depends on the tokens above it, not only on how many they are.
-    """
-
-    def __init__(
-        self, seq: Sequence, growth: Growth, shaper: Shaper, vocab_size: int, is_by_path: bool
-    ) -> None:
-        super().__init__(seq, growth, shaper)
-        self.vocab_size = vocab_size
-        self._is_by_path = is_by_path
-
-    def asks(self) -> list[tuple[int, Items[int]]]:
-        asked = super().asks()
-        return asked if self._is_by_path else asked[:1]
-
-    def take(self, laws: Items[Tensor | None]) -> bool:
-        if not self._is_by_path:
-            laws = list(laws) * len(self.growth.wanted())
-        return super().take(laws)
-
-
-class ProductTree:
-    """The `num_nodes` best nodes where the law at a depth is the same below every node of the last.
-
-    What `BestFirst` finds, by ranks alone: the best node that is left goes in, and its next sibling
-    and its first child become candidates (DDTree, arXiv 2604.12989).
-
-    Args:
-        width: most children of a node. noise: see `BestFirst`.
-    """
-
-    def __init__(self, width: int, depth: int, num_nodes: int, noise: Noise | None = None) -> None:
-        self.width = min(width, num_nodes)
-        self.noise = noise
-        self._depth = depth
-        self._num_nodes = num_nodes
-        self._levels: list[list[Ranked]] = []
-
-    def wanted(self) -> list[int]:
-        """The end of the likeliest path, whose nodes count as -1, 0, 1 ... here."""
-        return [len(self._levels) - 1] if len(self._levels) < self._depth else []
-
-    def take(self, laws: Items[Tensor | None]) -> None:
-        (q_V,) = laws
-        if q_V is None:
-            self._depth = len(self._levels)
-            return
-        log_V = q_V.log()
-        if self.noise is not None:
-            log_V += self.noise(len(self._levels), len(log_V)).to(log_V.device)
-            log_V = log_V.log_softmax(dim=0)
-        best = log_V.topk(min(self.width, len(log_V)))
-        self.add(best.indices.tolist(), best.values.tolist())
-
-    def add(self, tokens: Items[int], values: Items[float]) -> None:
-        """The next level, if one is wanted: its likeliest tokens, log-probabilities falling."""
-        if not self.wanted():
-            return
-        ranked = zip(tokens[: self.width], values, strict=False)
-        level = [(token, min(value, 0.0)) for token, value in ranked if value > NEVER]
-        if level:
-            self._levels.append(level)
-        else:
-            self._depth = len(self._levels)
-
-    def path_tokens(self, node: int) -> Items[int]:
-        return [level[0][0] for level in self._levels[: node + 1]]
-
-    def tree(self, source: str) -> DraftTree:
-        tokens: list[int] = []
-        parents: list[int] = []
-        heap: list[Candidate] = []
-        self._offer(heap, 0, 0, -1, 0.0)
-        while heap and len(tokens) < self._num_nodes:
-            worth, level, rank, parent, above = heapq.heappop(heap)
-            self._offer(heap, level + 1, 0, len(tokens), -worth)
-            self._offer(heap, level, rank + 1, parent, above)
-            tokens.append(self._levels[level][rank][0])
-            parents.append(parent)
-        return DraftTree(tokens=tuple(tokens), parents=tuple(parents), source=source)
-
-    def _offer(
-        self, heap: "list[Candidate]", level: int, rank: int, parent: int, above: float
-    ) -> None:
-        if level < len(self._levels) and rank < len(self._levels[level]):
-            value = above + self._levels[level][rank][1]
-            heapq.heappush(heap, (-value, level, rank, parent, above))
-
-
-Ranked: TypeAlias = tuple[int, float]  # token, log-probability
-# Negative value of the node, its level and rank there, its parent and the value of that.
-Candidate: TypeAlias = tuple[float, int, int, int, float]
-
-
-def _rank(courses: list[tuple[Course, int]], logits_NV: Tensor) -> None:
-    """Trees get the likeliest tokens of all depths; no more than those leave the device.
-
-    Args:
-        courses: with the first of their rows.
-    """
-    rows = [row for course, first in courses for row in range(first, first + course.depth)]
-    logits_MV = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
-    temperatures = [
-        [c.grower.shaper.sampling.temperature] for c, _ in courses for _ in range(c.depth)
-    ]
-    scaled_MV = logits_MV / torch.tensor(temperatures, device=logits_MV.device)
-    trees = [tree for c, _ in courses if isinstance(tree := c.grower.growth, ProductTree)]
-    best = scaled_MV.topk(min(max(tree.width for tree in trees), scaled_MV.shape[1]))
-    values = (best.values - scaled_MV.logsumexp(dim=1, keepdim=True)).tolist()
-    levels = zip(best.indices.tolist(), values, strict=True)
-    for tree, (course, _) in zip(trees, courses, strict=True):
-        for _ in range(course.depth):
-            tree.add(*next(levels))
 
 
 def _last_row(states: States, index: int, commit: Commit) -> tuple[int, int]:
@@ -345,18 +213,3 @@ def _last_row(states: States, index: int, commit: Commit) -> tuple[int, int]:
 def _is_fresh(state: LastState, seq: Sequence) -> bool:
     """Whether it is the state that the root, the newest token, came from."""
     return state.position == len(seq.tokens) - 2
-
-
-def _is_by_path(seq: Sequence) -> bool:
-    sampling = seq.request.sampling
-    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
-    is_counting = sampling.repetition_penalty != 1.0 or any(penalties)
-    return seq.grammar is not None or bool(seq.request.bad_words_ids) or is_counting
-
-
-def _noise(seq: Sequence) -> Noise | None:
-    """That of coupled trees, as `plant` has it."""
-    if seq.shaper.is_greedy or seq.speculation.draft_sample_method != "coupled":
-        return None
-    noise, first = PositionStream(seq.seed, len(seq.tokens)).noise, len(seq.tokens)
-    return lambda level, size: noise(first + level, size)

@@ -1,16 +1,21 @@
-"""BestFirst: the draft tree of a given size whose nodes are the likeliest, found level by level.
+"""Draft trees of a given size whose nodes are the likeliest, level by level or depth by depth.
 
 Shape legend: V vocabulary.
 """
 
+import heapq
 from collections.abc import Callable, Sequence as Items
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from torch import Tensor
 
 from outrider.step import DraftTree
 
 Noise: TypeAlias = Callable[[int, int], Tensor]
+Ranked: TypeAlias = tuple[int, float]  # token, log-probability
+# Negative logarithm of its product, depth, ranks on its path, and the logarithm of its parent's.
+Candidate: TypeAlias = tuple[float, int, tuple[int, ...], float]
+NEVER = float("-inf")
 
 
 class BestFirst:
@@ -29,14 +34,17 @@ class BestFirst:
 
     Args:
         noise: (depth of the parent, V) -> g_V; None ranks by q alone.
+
+    Attributes:
+        level: depths that are done.
     """
 
     def __init__(self, width: int, depth: int, num_nodes: int, noise: Noise | None = None) -> None:
-        self._width = min(width, num_nodes)
-        self._depth = depth
-        self._num_nodes = num_nodes
-        self._noise = noise
-        self._level = 0
+        self.width = min(width, num_nodes)
+        self.depth = depth
+        self.num_nodes = num_nodes
+        self.noise = noise
+        self.level = 0
         self._tokens: list[int] = []
         self._parents: list[int] = []
         self._values: list[float] = []  # logarithms of the products
@@ -51,19 +59,14 @@ class BestFirst:
             if q_V is not None:
                 self._branch(node, q_V)
         num_kept_old = self._keep_best(num_old)
-        self._level += 1
-        is_deepest = self._level == self._depth
+        self.level += 1
+        is_deepest = self.level == self.depth
         self._frontier = [] if is_deepest else list(range(num_kept_old, len(self._tokens)))
 
     def _branch(self, node: int, q_V: Tensor) -> None:
-        log_V = q_V.log()
-        if self._noise is not None:
-            log_V += self._noise(self._level, len(log_V)).to(log_V.device)
-            log_V = log_V.log_softmax(dim=0)
-        best = log_V.topk(min(self._width, len(log_V)))
         above = self._values[node] if node >= 0 else 0.0
-        for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            if value > float("-inf"):
+        for token, value in zip(*likeliest(q_V, self.width, self.level, self.noise), strict=True):
+            if value > NEVER:
                 self._tokens.append(token)
                 self._parents.append(node)
                 self._values.append(above + min(value, 0.0))
@@ -74,7 +77,7 @@ class BestFirst:
         Nodes stand in the order they came in, so that parents precede their children.
         """
         ranked = sorted(range(len(self._tokens)), key=lambda node: -self._values[node])
-        kept = sorted(ranked[: self._num_nodes])
+        kept = sorted(ranked[: self.num_nodes])
         place = {-1: -1} | {node: index for index, node in enumerate(kept)}
         self._tokens = [self._tokens[node] for node in kept]
         self._values = [self._values[node] for node in kept]
@@ -86,6 +89,96 @@ class BestFirst:
 
     def tree(self, source: str) -> DraftTree:
         return DraftTree(tokens=tuple(self._tokens), parents=tuple(self._parents), source=source)
+
+
+class ProductTree:
+    """What `BestFirst` finds where one law serves all nodes of a depth, from one law per depth.
+
+    Then ranks are all that matters: the best node that is left goes in, and its next sibling and
+    its first child become candidates (DDTree, arXiv 2604.12989). The trees are the same, node for
+    node.
+
+    Args:
+        width, depth, num_nodes, noise: see `BestFirst`.
+    """
+
+    def __init__(self, width: int, depth: int, num_nodes: int, noise: Noise | None = None) -> None:
+        self.width = min(width, num_nodes)
+        self.noise = noise
+        self._depth = depth
+        self._num_nodes = num_nodes
+        self._levels: list[list[Ranked]] = []
+
+    @classmethod
+    def like(cls, tree: BestFirst) -> Self:
+        """The one that takes the place of a tree which has not grown yet."""
+        assert not tree.level
+        return cls(tree.width, tree.depth, tree.num_nodes, tree.noise)
+
+    def wanted(self) -> list[int]:
+        """The end of the likeliest path, whose nodes count as -1, 0, 1 ... here."""
+        return [len(self._levels) - 1] if len(self._levels) < self._depth else []
+
+    def take(self, laws: Items[Tensor | None]) -> None:
+        (q_V,) = laws
+        if q_V is None:
+            self._depth = len(self._levels)
+            return
+        self.add(*likeliest(q_V, self.width, len(self._levels), self.noise))
+
+    def add(self, tokens: Items[int], values: Items[float]) -> None:
+        """The next level, if one is wanted: its likeliest tokens, log-probabilities falling."""
+        if not self.wanted():
+            return
+        ranked = zip(tokens[: self.width], values, strict=False)
+        level = [(token, min(value, 0.0)) for token, value in ranked if value > NEVER]
+        if level:
+            self._levels.append(level)
+        else:
+            self._depth = len(self._levels)
+
+    def path_tokens(self, node: int) -> Items[int]:
+        return [level[0][0] for level in self._levels[: node + 1]]
+
+    def tree(self, source: str) -> DraftTree:
+        """Level by level, below each parent by rank."""
+        paths = sorted(self._best(), key=lambda ranks: (len(ranks), ranks))
+        places = {ranks: node for node, ranks in enumerate(paths)}
+        return DraftTree(
+            tokens=tuple(self._levels[len(ranks) - 1][ranks[-1]][0] for ranks in paths),
+            parents=tuple(places.get(ranks[:-1], -1) for ranks in paths),
+            source=source,
+        )
+
+    def _best(self) -> list[tuple[int, ...]]:
+        """The ranks that lead to each of the best nodes; of equals, those that come first."""
+        found: list[tuple[int, ...]] = []
+        heap: list[Candidate] = []
+        self._offer(heap, (0,), 0.0)
+        while heap and len(found) < self._num_nodes:
+            worth, _, ranks, above = heapq.heappop(heap)
+            self._offer(heap, (*ranks, 0), -worth)
+            self._offer(heap, (*ranks[:-1], ranks[-1] + 1), above)
+            found.append(ranks)
+        return found
+
+    def _offer(self, heap: list[Candidate], ranks: tuple[int, ...], above: float) -> None:
+        depth, rank = len(ranks), ranks[-1]
+        if depth <= len(self._levels) and rank < len(self._levels[depth - 1]):
+            value = above + self._levels[depth - 1][rank][1]
+            heapq.heappush(heap, (-value, depth, ranks, above))
+
+
+def likeliest(
+    q_V: Tensor, width: int, level: int, noise: Noise | None
+) -> tuple[list[int], list[float]]:
+    """The best children of a node at a depth: tokens, and logarithms of what each is worth."""
+    log_V = q_V.log()
+    if noise is not None:
+        log_V += noise(level, len(log_V)).to(log_V.device)
+        log_V = log_V.log_softmax(dim=0)
+    best = log_V.topk(min(width, len(log_V)))
+    return best.indices.tolist(), best.values.tolist()
 
 
 def path_tokens(tokens: Items[int], parents: Items[int], node: int) -> tuple[int, ...]:

@@ -17,9 +17,10 @@ from outrider.draft.base import NEEDS, Drafter, ModelParts, Surroundings, Warmth
 from outrider.engine.calibrate import load_prices
 from outrider.engine.config import EngineConfig
 from outrider.engine.engine import Engine
-from outrider.engine.heads import head_fingerprint, is_head, load_heads
+from outrider.engine.heads import is_head, load_heads
 from outrider.errors import ConfigError, PairError, RequestError, TokenizerError, unknown
 from outrider.models.base import KVShape, ModelSpec, Network
+from outrider.models.heads.fingerprint import head_fingerprint
 from outrider.models.hub import resolve
 from outrider.models.network import load_network
 from outrider.models.runner import Runner
@@ -105,6 +106,11 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
     for quantization in (load.quantization, load.draft_quantization):
         find_scheme(quantization)  # a slip is told before gigabytes are fetched
     _check_settings(load.drafter_settings)
+    if load.draft_quantization not in (None, OFF) and not draft_name:
+        raise ConfigError(
+            f"draft_quantization={load.draft_quantization!r}: no draft model is loaded (heads run "
+            "as they are stored); drop it, or give draft_model=..."
+        )
     target = _load(load, load.model, load.quantization)
     tokenizer = _tokenizer(load.model, load) if load.load_tokenizer else None
     max_model_len = config.model_len(target.spec)

@@ -78,6 +78,7 @@ def calibrate(engine: Engine, budget_s: float = 2.0) -> int:
     policies = [p for p in engine.controller.policies.values() if isinstance(p, KeepsPrices)]
     if not policies:
         return 0
+    before = [policy.prices() for policy in policies]
     rng = random.Random(0)
     end = time.perf_counter() + budget_s
     count = 0
@@ -88,8 +89,10 @@ def calibrate(engine: Engine, budget_s: float = 2.0) -> int:
         count += 1
     engine.stats = EngineStats()
     engine.controller.forget_seconds()
-    for policy in policies:
+    for policy, known in zip(policies, before, strict=True):
         policy.forget_texts()
+        if known.get("acceptance"):  # of real texts, which random tokens say nothing of
+            policy.take_prices({**policy.prices(), "acceptance": known["acceptance"]})
     return count
 
 

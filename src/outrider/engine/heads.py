@@ -1,10 +1,7 @@
 """Which draft heads an engine runs: from the names that were given to heads that fit its target."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from outrider.errors import ConfigError
 from outrider.models.base import Network
@@ -25,7 +22,6 @@ RUN_BY = {
     Family.MTP: "mtp",
     Family.KV: "kv_draft",
 }
-SAMPLE = 4096  # values of either end of a tensor
 NO_HEADS = (Family.DRAFT_MODEL, Family.PARD)
 
 
@@ -40,8 +36,6 @@ def is_head(name: str) -> bool:
         return True
     folder = resolve(name)
     config = read_config(folder)
-    if config.get("model_type") and (folder / "tokenizer.json").is_file():
-        return False  # a head has no tokenizer, and its files are quickly read
     return detect(config, HeadFiles(folder).shapes) not in NO_HEADS
 
 
@@ -79,17 +73,6 @@ def load_heads(
             )
         heads[drafter] = head
     return heads
-
-
-def head_fingerprint(head: Head) -> str:
-    """Changes whenever conventions or weights do."""
-    digest = hashlib.sha256(f"{head.spec.family} {head.spec.conventions}".encode())
-    for name in sorted(head.tensors):
-        tensor = head.tensors[name].flatten()
-        samples = torch.cat([tensor[:SAMPLE], tensor[-SAMPLE:]]).contiguous()
-        digest.update(f"{name}{tuple(head.tensors[name].shape)}".encode())
-        digest.update(samples.view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _folder(name: str) -> Path | str:

@@ -23,10 +23,9 @@ class LLM:
     Args:
         model: a hub id, a folder, or "demo" (the shipped pair).
         draft_model: a smaller model; requests then speculate with it unless they say otherwise.
-            A draft head may be named here, too.
-        heads: draft heads trained on top of the target; see `LoadConfig`.
             Drafts of one with another vocabulary are translated. "demo" brings its own; "off"
-            declines it.
+            declines it. A draft head of the target may be named here, too.
+        heads: draft heads of the target, one for each drafter; see `LoadConfig`.
         speculation: default for requests that bring no `SpeculationParams`: "off", a method's
             name, or its keys.
         quantization: "int8", "int8-dynamic", "int8-weight-only" or "int4": quantise the weights

@@ -270,6 +270,8 @@ def _drafter(name: str, drafters: Drafters) -> Drafter:
         raise RequestError(f"method={name!r}: {error}") from None
     if _runs_draft_model(drafter):
         raise RequestError(_missing_model(name, drafters))
+    if "head" in drafter.needs:
+        raise RequestError(f"method={name!r}: no such head is loaded; give the engine heads=...")
     raise RequestError(f"method={name!r}: not set up in this engine; name it in LLM(drafters=...)")
 
 

@@ -53,7 +53,7 @@ class PartBundles:
         num_kept = sum(place.num_blocks for place in found)
         num_damaged = self._bundles.num_damaged
         missing = self._runs(found, part.num_resident, part.manager.block_size)
-        import_runs(part.runner.pool, part.manager, part.tokens, part.tenant, missing)
+        import_runs(part.runner.pool, part.manager, part.tokens, part.salt, missing)
         if not part.manager.enable_prefix_caching:
             return NO_CACHE
         if not part.hashes:
@@ -87,7 +87,7 @@ class PartBundles:
         """Blocks [first, stop) as one bundle; None where it cannot be stored."""
         size = part.manager.block_size
         tokens = part.tokens[: stop * size]
-        run = export_prefix(part.runner.pool, part.manager, tokens, part.tenant, start=first * size)
+        run = export_prefix(part.runner.pool, part.manager, tokens, part.salt, start=first * size)
         return self._bundles.put(
             part.fingerprint,
             part.hashes[first:stop],

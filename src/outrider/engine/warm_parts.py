@@ -7,9 +7,8 @@ from typing import NamedTuple
 from outrider.cache.table import BlockManager
 from outrider.cache.transfer import prefix_hashes
 from outrider.draft.base import Drafter, Warmth as WarmthClass
-from outrider.draft.warm import CachesPrefixes, PrefixCache, SharesTensors
+from outrider.draft.warm import CachesPrefixes, HasPool, PrefixCache, SharesTensors
 from outrider.engine.engine import Engine
-from outrider.models.runner import Runner
 from outrider.session.fingerprint import Fingerprint
 from outrider.tokenizer import Tokenizer
 
@@ -34,13 +33,14 @@ class Part(NamedTuple):
     """One pool whose blocks are kept, the log as it is hashed there, and its blocks' names.
 
     Attributes:
+        salt: tenant, and what else the names begin with.
         num_unsettled: ids behind `tokens` that the end of the log is for now.
     """
 
-    runner: Runner
+    runner: HasPool
     manager: BlockManager
     tokens: Items[int]
-    tenant: str
+    salt: str
     fingerprint: Fingerprint
     hashes: list[str]
     num_unsettled: int = 0
@@ -117,21 +117,28 @@ class Parts:
         }
 
     def _part(self, name: str, cache: PrefixCache, tenant: str) -> Part:
-        runner, manager, tokens, num_unsettled = cache
-        spec, network = runner.network.spec, runner.network
+        runner, manager, tokens, num_unsettled, own_salt = cache
+        spec, network, salt = runner.network.spec, runner.network, tenant + own_salt
         fields = {
             **self._model(runner),
+            **self._read(name),
             "dtype": str(spec.dtype).removeprefix("torch."),
             "block_size": str(manager.block_size),
             "kv_shapes": str([tuple(shape) for shape in spec.kv_shapes]),
             # Kernels round differently; a restored text must continue bit by bit.
             "kernels": f"{type(network).__name__}/{type(network.ops).__name__}/{spec.device.type}",
         }
-        hashes = [name.hex() for name in prefix_hashes(tokens, manager.block_size, tenant)]
+        hashes = [name.hex() for name in prefix_hashes(tokens, manager.block_size, salt)]
         fingerprint = Fingerprint(part=name, fields=fields)
-        return Part(runner, manager, tokens, tenant, fingerprint, hashes, num_unsettled)
+        return Part(runner, manager, tokens, salt, fingerprint, hashes, num_unsettled)
 
-    def _model(self, runner: Runner) -> dict[str, str]:
+    def _read(self, name: str) -> dict[str, str]:
+        """The target, where KV is made of its states."""
+        if name == TARGET or self._engine.drafters[name].warmth is not WarmthClass.R2:
+            return {}
+        return {"target": self._model(self._engine.runner)["weights"]}
+
+    def _model(self, runner: HasPool) -> dict[str, str]:
         """A network made in memory has no name that another process could know it by."""
         weights = runner.network.spec.fingerprint or f"of this process ({self._unnamed})"
         return {"weights": weights, "tokenizer": self._tokenizer}
@@ -158,10 +165,15 @@ def _usual_lag(part: Part, num_tokens: int) -> int:
 
 
 def _ready_upto(drafter: Drafter, parts: Mapping[str, Part], num_tokens: int) -> int:
-    """Tokens alone suffice, or KV of its own, or the target's; of others nothing is known."""
+    """Tokens alone suffice, or KV of its own, or the target's; of others nothing is known.
+
+    Who reads the target and keeps no KV is ready with it: the states it wants are those of the
+    last position, which every request runs.
+    """
     if drafter.warmth is WarmthClass.R0:
         return num_tokens
-    owner = TARGET if "target layers" in drafter.needs else drafter.name
+    is_reader = not {"target layers", "target states"}.isdisjoint(drafter.needs)
+    owner = TARGET if is_reader and drafter.name not in parts else drafter.name
     return _in_tokens(parts[owner], num_tokens) if owner in parts else 0
 
 

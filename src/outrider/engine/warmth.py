@@ -1,4 +1,7 @@
-"""Warmth: keeps what was computed for a token log outside the engine, and brings it back."""
+"""Warmth: keeps what was computed for a token log outside the engine, and brings it back.
+
+Shape legend: A boundaries between layers of the target, R positions, H its hidden width.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence as Items
@@ -6,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from outrider.cache.table import BlockTable
 from outrider.cache.transfer import hold_prefix
-from outrider.draft.warm import Remembers
+from outrider.draft.warm import MadeOfStates, Remembers
 from outrider.engine.engine import Engine
 from outrider.engine.warm_bundles import PartBundles
 from outrider.engine.warm_parts import TARGET, Part, Parts, Readiness, is_half_warm
 from outrider.errors import ConfigError, RequestError, unknown
-from outrider.models.runner import Piece
+from outrider.models.runner import Piece, Runner
 from outrider.session.bundle import BundleStore
 from outrider.session.files import DiskFiles, MemoryFiles
 from outrider.session.snapshot import Manifest, Snapshots, head_of
@@ -224,23 +230,56 @@ class Warmth:
     def rebuild(self, owner: str, tokens: Items[int], tenant: str = "", start: int = 0) -> int:
         """Runs a drafter's model over a log from `start` on; returns where the next call begins.
 
-        One pass. Blocks keep their places and their names: what is written is what they are named
-        after, so whoever shares them gains by it. What was evicted meanwhile is left out, and the
-        return is then `start`.
+        One pass, and one of the target for a head that reads its states. Blocks keep their places
+        and their names: what is written is what they are named after, so whoever shares them gains
+        by it. What was evicted meanwhile is left out, and the return is then `start`.
         """
-        part = self._parts.of(tokens, tenant)[owner]
-        table = hold_prefix(part.manager, part.tokens, tenant)
+        parts = self._parts.of(tokens, tenant)
+        part = parts[owner]
+        table = hold_prefix(part.manager, part.tokens, part.salt)
         try:
             num_there = len(table.blocks) * part.manager.block_size
             stop = min(start + MAX_REBUILD_TOKENS, num_there)
-            if stop <= start:
-                return start
-            last_id = part.runner.network.spec.vocab_size - 1
-            chain = [min(token, last_id) for token in part.tokens[start:stop]]
-            part.runner.run([Piece(table, start, chain, EMPTY_TREE, False)])
-            return stop
+            is_run = stop > start and self._rerun(owner, parts, table, start, stop)
+            return stop if is_run else start
         finally:
             part.manager.free(table)
+
+    def _rerun(
+        self, owner: str, parts: Mapping[str, Part], table: BlockTable, start: int, stop: int
+    ) -> bool:
+        """Positions [start, stop); False where that would take more than a pass."""
+        drafter, part = self.engine.drafters[owner], parts[owner]
+        if isinstance(drafter, MadeOfStates):
+            tapped_ARH = self._states(parts[TARGET], drafter.boundaries, start, stop)
+            if tapped_ARH is not None:
+                drafter.rerun(table, part.tokens, start, tapped_ARH)
+            return tapped_ARH is not None
+        assert isinstance(part.runner, Runner)
+        last_id = part.runner.network.spec.vocab_size - 1
+        chain = [min(token, last_id) for token in part.tokens[start:stop]]
+        part.runner.run([Piece(table, start, chain, EMPTY_TREE, False)])
+        return True
+
+    def _states(
+        self, target: Part, boundaries: tuple[int, ...], start: int, stop: int
+    ) -> Tensor | None:
+        """tapped_ARH of positions [start, stop), from a pass that leaves nothing behind.
+
+        None where too little of the log before them, or no block, is there.
+        """
+        runner, manager = self.engine.runner, target.manager
+        table = hold_prefix(manager, target.tokens[:start], target.salt)
+        try:
+            first = len(table.blocks) * manager.block_size
+            if start - first > MAX_REBUILD_TOKENS or not manager.reserve(table, stop):
+                return None
+            chain = target.tokens[first:stop]
+            states = runner.run([Piece(table, first, chain, EMPTY_TREE, False)], boundaries).states
+            assert states is not None
+            return states.tapped_AND[:, start - first :]
+        finally:
+            manager.free(table)
 
     def _names(self, tokens: Items[int], tenant: str, whole: bool = False) -> set[str]:
         """Bundles with blocks of a log; `whole`: those with no other blocks."""

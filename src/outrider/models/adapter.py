@@ -104,7 +104,7 @@ class Adapter:
         self, tokens_N: Tensor, layout: Layout, kv: list[LayerKV], wanted_R: Tensor
     ) -> Tensor:
         """See `Network.forward`."""
-        step = _Pass(self.ops, layout, kv, self._calls)
+        step = Pass(self.ops, layout, kv, self._calls)
         logits_RV = self._run(tokens_N, layout.positions_N, step, wanted_R)
         assert step.num_calls == len(self._calls), "every attention call must come in every pass"
         return logits_RV
@@ -160,7 +160,7 @@ class Adapter:
         return last_ND.shape[-1] if is_plain else 0
 
     def _run(
-        self, tokens_N: Tensor, positions_N: Tensor, step: "_Pass | Probe", wanted_R: Tensor
+        self, tokens_N: Tensor, positions_N: Tensor, step: "Pass | Probe", wanted_R: Tensor
     ) -> Tensor:
         options: dict[str, Any] = {PASS_KEY: step}
         if self._keeps_logits:
@@ -189,7 +189,7 @@ class Adapter:
         return probe, logits_RV.shape[-1]
 
 
-class _Pass:
+class Pass:
     """One forward pass, as the attention function sees it: a call at a time."""
 
     def __init__(self, ops: Ops, layout: Layout, kv: list[LayerKV], calls: list[Call]) -> None:

@@ -9,7 +9,13 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from outrider.errors import ModelError
 
-SHIPPED = {"demo": "assets/demo/target", "demo-draft": "assets/demo/draft"}
+SHIPPED = {
+    "demo": "assets/demo/target",
+    "demo-draft": "assets/demo/draft",
+    "demo-eagle3": "assets/demo/eagle3",
+    "demo-medusa": "assets/demo/medusa",
+    "demo-kv": "assets/demo/kv",
+}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SIDE_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 WEIGHTS = ["model*.safetensors"]
@@ -24,8 +30,8 @@ def resolve(name: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded if need be.
 
     Args:
-        name: "demo" or "demo-draft" (shipped with the package; write "./demo" for a folder of
-            that name), a local folder, or an id on the hub such as "Qwen/Qwen3-0.6B".
+        name: "demo", "demo-draft" or another of `SHIPPED` (write "./demo" for a folder of that
+            name), a local folder, or an id on the hub such as "Qwen/Qwen3-0.6B".
         revision: branch, tag or commit on the hub.
 
     Raises:

@@ -27,8 +27,9 @@ from outrider.models.heads.block_finish import Finish
 from outrider.models.heads.block_layers import BlockLayer, ContextProducts
 from outrider.models.heads.block_past import Past, Sight
 from outrider.models.heads.block_weights import decoder_config, plain_tensors
+from outrider.models.heads.fingerprint import head_fingerprint
 from outrider.models.heads.network import HeadOutput, ShownTarget
-from outrider.models.heads.spec import Head, HeadSpec
+from outrider.models.heads.spec import Head
 from outrider.models.rope import RopeTable, Turn
 from outrider.models.runner import Blocks, upload
 from outrider.models.weights import Weights
@@ -86,7 +87,7 @@ class BlockNetwork:
         config = decoder_config(spec, target)
         tensors = plain_tensors(head, target)
         self.ops = ops
-        self.spec = _model_spec(spec, config, target, tensors)
+        self.spec = _model_spec(head, config, target, tensors)
         self.boundaries = tuple(sorted(set(chosen.feature_layers)))
         self.block_size = spec.block_size
         self.num_drafts = spec.block_size - (not chosen.sample_from_anchor)
@@ -241,11 +242,11 @@ def _check(head: Head, target: ShownTarget) -> None:
 
 
 def _model_spec(
-    spec: HeadSpec, config: DecoderConfig, target: ShownTarget, tensors: dict[str, Tensor]
+    head: Head, config: DecoderConfig, target: ShownTarget, tensors: dict[str, Tensor]
 ) -> ModelSpec:
     shape = KVShape(config.num_kv_heads, config.head_dim, config.head_dim)
     return ModelSpec(
-        name=spec.source,
+        name=head.spec.source,
         family=config.family,
         vocab_size=target.spec.vocab_size,
         max_positions=config.max_positions,
@@ -254,6 +255,6 @@ def _model_spec(
         dtype=target.spec.dtype,
         device=target.spec.device,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        fingerprint="",
-        mask_token_id=spec.mask_token_id,
+        fingerprint=head_fingerprint(head),
+        mask_token_id=head.spec.mask_token_id,
     )

@@ -1,6 +1,5 @@
 """What EAGLE networks are put together from: sizes, rope, and the layer that reads two inputs."""
 
-import hashlib
 from dataclasses import replace
 
 import torch
@@ -10,6 +9,7 @@ from outrider.errors import ConfigError
 from outrider.models.base import KVShape, ModelSpec
 from outrider.models.config import DecoderConfig, LayerConfig
 from outrider.models.decoder import MLP, Attention, Decoder, RMSNorm
+from outrider.models.heads.fingerprint import head_fingerprint
 from outrider.models.heads.network import ShownTarget
 from outrider.models.heads.spec import DecoderShape, Head, HeadSpec
 from outrider.models.rope import Turn
@@ -108,7 +108,6 @@ def check_widths(about: HeadSpec) -> None:
 
 def model_spec(head: Head, config: DecoderConfig, target: ModelSpec) -> ModelSpec:
     """Positions beyond those that the head was trained on only make worse drafts."""
-    told = f"{target.fingerprint} {head.spec} {head.spec.source}"
     kv_shape = KVShape(config.num_kv_heads, config.head_dim, config.head_dim)
     return ModelSpec(
         name=head.spec.source or str(head.spec.family),
@@ -120,6 +119,6 @@ def model_spec(head: Head, config: DecoderConfig, target: ModelSpec) -> ModelSpe
         dtype=target.dtype,
         device=target.device,
         num_parameters=sum(tensor.numel() for tensor in head.tensors.values()),
-        fingerprint=hashlib.sha256(told.encode()).hexdigest(),
+        fingerprint=head_fingerprint(head),
         mask_token_id=head.spec.mask_token_id,
     )

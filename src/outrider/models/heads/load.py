@@ -82,6 +82,11 @@ def load_head(
     folder = source if isinstance(source, Path) else resolve(source, revision)
     config, files = read_config(folder), HeadFiles(folder)
     family = detect(config, files.shapes)
+    if family is Family.DRAFT_MODEL and folder == target.folder:
+        raise ConfigError(
+            f"the files of {target.name!r} hold no MTP modules and no Medusa heads of its own: "
+            "name the folder or hub id of a head instead"
+        )
     if family in NOT_SERVED:
         raise ConfigError(
             f"{str(source)!r} is of the family {family}, which is not served as a head: "

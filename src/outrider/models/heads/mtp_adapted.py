@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from outrider.cache.pool import KVPool
 from outrider.errors import ConfigError, ModelError
-from outrider.models.adapter import ATTENTION, PROBING, Adapter, _Pass
+from outrider.models.adapter import ATTENTION, PROBING, Adapter, Pass
 from outrider.models.adapter_linear import swap
 from outrider.models.adapter_probe import PASS_KEY, Probe, first_line
 from outrider.models.adapter_states import States
@@ -67,7 +67,7 @@ class AdaptedLayer:
 
     @torch.inference_mode()
     def __call__(self, hidden_NH: Tensor, layout: Layout, kv: LayerKV) -> Tensor:
-        step = _Pass(self.ops, layout, [kv], self._calls)
+        step = Pass(self.ops, layout, [kv], self._calls)
         return self._called.run(self._layer, hidden_NH, layout.positions_N, step)
 
     def by_layer(self) -> "AdaptedLayer":
@@ -135,7 +135,7 @@ class _Called(NamedTuple):
     positions_N: Tensor
 
     def run(
-        self, layer: nn.Module, hidden_NH: Tensor, positions_N: Tensor, step: "_Pass | Probe"
+        self, layer: nn.Module, hidden_NH: Tensor, positions_N: Tensor, step: "Pass | Probe"
     ) -> Tensor:
         """hidden_NH behind the layer."""
         hidden_1NH, positions_1N = hidden_NH[None], positions_N[None]

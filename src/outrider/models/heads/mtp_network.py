@@ -20,6 +20,7 @@ from torch import Tensor
 from outrider.errors import ConfigError
 from outrider.models.base import KVShape, ModelSpec
 from outrider.models.decoder import Decoder, RMSNorm
+from outrider.models.heads.fingerprint import head_fingerprint
 from outrider.models.heads.given import adds_one_to_gain
 from outrider.models.heads.mtp_lean import LeanLayer
 from outrider.models.heads.mtp_turns import own_rows, parent_slots
@@ -90,7 +91,7 @@ class MTPNetwork:
             family="mtp",
             kv_shapes=tuple(module.kv_shape for module in self._modules) + kept,
             num_parameters=sum(tensor.numel() for tensor in head.tensors.values()),
-            fingerprint="",
+            fingerprint=head_fingerprint(head),
             hidden_size=0,
             num_layers=0,
         )

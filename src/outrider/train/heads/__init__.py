@@ -1,0 +1,1 @@
+"""Training of draft heads and small draft models on a frozen target, in one process."""
