@@ -359,10 +359,11 @@ def test_one_pass_per_step_and_one_for_context(target, finish, width):
         used.add(each)
     used.step()
     drafter = used.drafters["block"]
-    assert drafter.num_forwards == 0, "features come with the prompt's pass"
+    before = drafter.num_forwards
+    assert before <= 1, "context of the prompt, for others that come with it"
     for count in range(1, 5):
         used.step()
-        assert drafter.num_forwards == 2 * count
+        assert drafter.num_forwards == before + 2 * count
 
 
 def standing(used, asked, num_steps=3):
@@ -514,8 +515,9 @@ def test_without_an_estimate_it_is_the_largest_probability(target, finish, sampl
         assert told == pytest.approx(float(peak), rel=1e-4)
 
 
-def test_nothing_is_drafted_while_features_are_missing(target):
-    """As where a prefix of the target is cached that was run without the head."""
+def test_nothing_is_drafted_while_features_are_missing(target, monkeypatch):
+    """As where a prefix of the target is cached that was run without the head, and is too long."""
+    monkeypatch.setattr("outrider.draft.head_drafter.MAX_RERUN", 0)
     head = the_head()
     used = engine(target, head, Steered)
     plain = request("plain", OFF, GREEDY, length=40)
