@@ -107,8 +107,8 @@ class Rounds:
         self._run, self._nats = engine.runner.run, nats
         engine.runner.run = self.run
 
-    def run(self, pieces):
-        output = self._run(pieces)
+    def run(self, pieces, taps=()):
+        output = self._run(pieces, taps)
         if not any(piece.tree.tokens for piece in pieces):
             return output
         logits = output.logits_NV.clone()
