@@ -29,7 +29,7 @@ demo: setup  ## speculation on the bundled model pair
 	@$(BIN)/outrider demo $(ARGS)
 
 test: lint  ## what CI runs: lint, then all tests that are not slow
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: lint  ## the slow tests too
 	@$(BIN)/pytest $(ARGS)
