@@ -63,6 +63,15 @@ def test_a_hiccup_changes_little_and_a_change_is_followed():
     assert cost.predict(counts) == pytest.approx(3 * before, rel=0.15)
 
 
+def test_a_first_timing_of_next_to_nothing_is_forgotten():
+    """It says how large prices may be; a draft that came to nought would freeze them there."""
+    cost = LinearCost(SIZES)
+    cost.observe((1.0, 4, 1, 0, 20), 5e-5)
+    for _ in range(10):
+        cost.observe((1.0, 4, 1, 4, 0), 4e-3)
+    assert cost.predict((1.0, 4, 1, 4, 0)) == pytest.approx(4e-3, rel=0.1)
+
+
 def test_saved_and_loaded_it_predicts_the_same():
     cost, other = learned(100), LinearCost(SIZES)
     other.load(cost.to_json())

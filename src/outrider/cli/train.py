@@ -7,9 +7,11 @@ import torch
 import typer
 
 from outrider.cli.train_draft import draft
-from outrider.models.hub import resolve
+from outrider.errors import ConfigError
+from outrider.models.hub import SHIPPED, resolve
 from outrider.train.demo import NUM_DRAFT_STEPS, NUM_TARGET_STEPS, train_demo
 from outrider.train.grow import grow as grow_checkpoint
+from outrider.train.grow_heads import grow_head
 
 app = typer.Typer(no_args_is_help=True, help="Train the demo pair, a draft, or grow a model.")
 app.command("draft")(draft)
@@ -56,6 +58,13 @@ def grow(
     intermediate_size: Annotated[int | None, typer.Option(help="Width of the MLP.")] = None,
     num_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     num_kv_heads: Annotated[int | None, typer.Option(help="Key/value heads.")] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Draft head of SOURCE to grow along, into OUT/heads: folder, hub id or "
+            '"demo-eagle3" and its like; repeatable.'
+        ),
+    ] = None,
     noise: Annotated[
         float, typer.Option(help="0 keeps the function; 0.1 blurs it a little.")
     ] = 0.0,
@@ -64,8 +73,9 @@ def grow(
 ) -> None:
     """Grow a Llama checkpoint in width and depth: same function, real cost."""
     torch.manual_seed(seed)
+    folder, heads = resolve(source), _named(head or [])
     grow_checkpoint(
-        resolve(source),
+        folder,
         out,
         size=size,
         hidden_size=hidden_size,
@@ -78,3 +88,24 @@ def grow(
         dtype=dtype,
     )
     typer.echo(f"wrote {out}", err=True)
+    for name, head_folder in heads.items():
+        place = out / "heads" / name
+        grow_head(
+            head_folder, place, source_target=folder, grown_target=out, seed=seed, dtype=dtype
+        )
+        typer.echo(f"wrote {place}", err=True)
+
+
+def _named(heads: list[str]) -> dict[str, Path]:
+    """Folders of heads by the name that each grown one gets. ConfigError if two get the same."""
+    folders: dict[str, Path] = {}
+    for head in heads:
+        folder = resolve(head)
+        name = folder.name if head in SHIPPED else Path(head).expanduser().resolve().name
+        if name in folders:
+            raise ConfigError(
+                f"--head {head!r}: two heads would be written to heads/{name}; grow one of them "
+                "into another folder"
+            )
+        folders[name] = folder
+    return folders

@@ -15,7 +15,7 @@ from outrider.control.allocation import DraftPrice, Floats
 from outrider.control.linear_cost import LinearCost
 from outrider.control.pass_time import PassTime
 
-FORMAT = 2
+FORMAT = 3
 DEAREST = 1.1  # price of a row more beside the mean one: passes grow no faster than their rows
 DRAFT_SIZES = (1.0, 1.0, 0.1, 0.1, 0.005)  # per call, depth, row, node, token of lag
 REST_SIZES = (1.0, 0.3, 0.3, 0.1)  # per step, sequence, law, draft node

@@ -12,6 +12,7 @@ from typing import Any
 NOISE = 0.15  # standard deviation of a timing, relative
 DRIFT = 0.004  # of a price per timing, relative to what it may be
 SURPRISE = 4.0  # a timing counts as no further off than so many deviations
+FAR_OFF = 2.0  # deviations, of late, at which prices may be larger than was thought possible
 BIAS_SHARE = 0.3  # of the last timing in how far they are off of late, in deviations
 
 
@@ -103,9 +104,15 @@ class LinearCost:
         return [max(price, 0.0) for price in prices]
 
     def _doubt(self, factor: float) -> None:
-        """All prices are less sure than was thought: timings went the same way again and again."""
+        """All prices are less sure than was thought: timings went the same way again and again.
+
+        Where they are as unsure as at the start and yet too low, the first timing was of next to
+        nothing, as of a draft that came to nought: prices may be larger than it let them be.
+        """
         for index, (line, size) in enumerate(zip(self._covariance, self._sizes, strict=True)):
             if factor * line[index] > (size * self._unit) ** 2:
+                if self._bias > FAR_OFF:
+                    self._begin(2.0 * self._unit)
                 return
         for line in self._covariance:
             for column, value in enumerate(line):

@@ -53,15 +53,12 @@ def score_copies(evidence: Evidence, copies: Copies, num_depths: int) -> Along:
     parts = []
     for depth in range(num_depths):
         told = [row[depth] if depth < len(row) else -1 for row in rows[: len(rows) - depth]]
-        follows = text.tokens[text.num_prompt + 1 + depth :]
-        parts.append(_held(evidence.laws_GV[depth:], told, follows))
+        parts.append(_held(evidence.laws_GV[depth:], told))
     return along(parts, num_depths, text.num_written)
 
 
-def _held(laws_NV: Tensor, told: list[int], follows: Items[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _held(laws_NV: Tensor, told: list[int]) -> tuple[Tensor, Tensor]:
     told_N = torch.tensor(told, dtype=torch.long, device=laws_NV.device)
     p_N = laws_NV.float().gather(1, told_N.clamp_min(0).unsqueeze(1)).squeeze(1)
     overlap_N = torch.where(told_N >= 0, p_N, 0.0)
-    match_N = (laws_NV.argmax(-1) == told_N).float()
-    follows_n = torch.tensor(follows, dtype=torch.long, device=told_N.device)
-    return overlap_N, match_N, (told_N[: len(follows)] == follows_n).float()
+    return overlap_N, (laws_NV.argmax(-1) == told_N).float()

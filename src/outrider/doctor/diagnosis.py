@@ -9,8 +9,9 @@ from outrider.doctor.evidence import Evidence, look
 from outrider.doctor.examine import MOST_RUNS, NUM_DEPTHS, Findings, Row, examine, follow
 from outrider.doctor.fit import Check
 from outrider.doctor.guessers import Guesser
-from outrider.doctor.outlook import DEPTH, Outlook, Prices, joint_of, priced
+from outrider.doctor.outlook import DEPTH, Outlook, Prices, priced
 from outrider.doctor.scores import Score, total
+from outrider.doctor.standing import joint_of, standing
 from outrider.doctor.subject import Subject
 from outrider.doctor.switches import boundaries_of, switches_of
 from outrider.doctor.texts import Text, Written
@@ -140,9 +141,8 @@ def outlooks(guesser: Guesser, evidence: Items[Evidence]) -> tuple[Outlook, ...]
     for is_sampled, kind in ((True, "sampled"), (False, "greedy")):
         mine = [one for one in evidence if one.text.is_sampled == is_sampled]
         if mine:
-            along = [follow(guesser, one, depths) for one in mine]
-            num_tokens = sum(one.text.num_written for one in mine)
-            found.append(Outlook(kind, joint_of(along, is_sampled=is_sampled), num_tokens))
+            joint = joint_of([standing(guesser, one, depths) for one in mine])
+            found.append(Outlook(kind, joint, sum(one.text.num_written for one in mine)))
     return tuple(found)
 
 

@@ -1,9 +1,5 @@
-"""What speculation with a draft should bring on this machine: acceptance times measured prices.
+"""What speculation with a draft should bring on this machine: acceptance times measured prices."""
 
-Shape legend: K depths, G written tokens of a text.
-"""
-
-from collections.abc import Sequence as Items
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +7,6 @@ import numpy as np
 from outrider.control.acceptance import Forecast
 from outrider.control.allocation import Ladder, evaluate
 from outrider.control.cost import CostModel, PassCounts, StepPrice
-from outrider.doctor.scores import Along, Floats
 from outrider.engine.calibrate import KeepsPrices
 from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
@@ -59,23 +54,6 @@ class Prices(NamedTuple):
     drafter: str
 
 
-def joint_of(texts: Items[Along], *, is_sampled: bool) -> tuple[float, ...]:
-    """How often the first d drafted tokens all stand, on texts of one kind.
-
-    On sampled text the expectation over it of prod_{i < d} min(1, q_i / p_i) * sum min(p_d, q_d)
-    is the probability that sampling accepts d tokens; on greedy text it is the share of rows whose
-    first d likeliest tokens agree.
-    """
-    rates, before = [], 1.0
-    num_depths = len(texts[0].overlap_KG)
-    for depth in range(num_depths):
-        stood = np.concatenate([_stood(one, depth, is_sampled=is_sampled) for one in texts])
-        known = stood[~np.isnan(stood)]
-        before = min(before, float(known.mean())) if len(known) else 0.0
-        rates.append(before)
-    return tuple(rates)
-
-
 def read_prices(llm: LLM, budget_s: float = PRICES_S) -> Prices | None:
     """Times the engine, unless prices of it are kept; None where its drafter cannot be timed."""
     try:
@@ -116,13 +94,6 @@ def priced(outlook: Outlook, prices: Prices, context: int) -> Outlook:
         for depth in range(1, len(outlook.joint) + 1)
     ]
     return outlook._replace(speedups=tuple(float(value) for value in speedups))
-
-
-def _stood(one: Along, depth: int, *, is_sampled: bool) -> Floats:
-    """Per row; not a number where the text is too short."""
-    before: Floats = (one.stands_KG if is_sampled else one.match_KG)[:depth].prod(axis=0)
-    last: Floats = (one.overlap_KG if is_sampled else one.match_KG)[depth]
-    return before * last
 
 
 def _saved(engine: Engine) -> dict[str, Any] | None:

@@ -32,12 +32,10 @@ class Along(NamedTuple):
     Attributes:
         overlap_KG: sum over tokens of min(p, q): how often sampling accepts the guess.
         match_KG: whether both have the same likeliest token: how often greedy decoding does.
-        stands_KG: min(1, q / p) of the token that the text goes on with.
     """
 
     overlap_KG: Floats
     match_KG: Floats
-    stands_KG: Floats
 
 
 class Score(NamedTuple):
@@ -92,19 +90,23 @@ def score_text(evidence: Evidence, guesses: Items[Tensor], num_depths: int) -> A
     Args:
         guesses: per depth d logits_NV of rows 0 to T - 2 - d.
     """
-    text, laws_GV = evidence.text, evidence.laws_GV
-    first = text.num_prompt - 1  # the first row that an engine would draft at
-    parts = []
-    for depth, logits_NV in enumerate(guesses):
-        count = text.num_written - depth
-        q_NV = logits_NV[first : first + max(count, 0)].softmax(-1)
-        parts.append(_held(laws_GV[depth:], q_NV, text.tokens[text.num_prompt + 1 + depth :]))
-    return along(parts, num_depths, text.num_written)
+    parts = [
+        _held(*rows_of_depth(evidence, logits_NV, depth)) for depth, logits_NV in enumerate(guesses)
+    ]
+    return along(parts, num_depths, evidence.text.num_written)
 
 
-def along(parts: Items[tuple[Tensor, Tensor, Tensor]], num_depths: int, num_written: int) -> Along:
-    """From overlap, match and stand of each depth that there is, of the rows that it has."""
-    found = np.full((3, num_depths, num_written), np.nan)
+def rows_of_depth(evidence: Evidence, logits_NV: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """p_NV of the target and q_NV of a guess at this depth, of rows that an engine drafts at."""
+    text = evidence.text
+    first = text.num_prompt - 1
+    count = max(text.num_written - depth, 0)
+    return evidence.laws_GV[depth:].float(), logits_NV[first : first + count].softmax(-1)
+
+
+def along(parts: Items[tuple[Tensor, Tensor]], num_depths: int, num_written: int) -> Along:
+    """From overlap and match of each depth that there is, of the rows that it has."""
+    found = np.full((2, num_depths, num_written), np.nan)
     for depth, part in enumerate(parts):
         for kind, values_N in enumerate(part):
             found[kind, depth, : len(values_N)] = values_N.double().cpu().numpy()
@@ -147,12 +149,6 @@ def difference(one: Score, other: Score, *, num_tried: int = 1, seed: int = 0) -
     return Difference(float(gain_R[0]), float(low), float(high), float(surely))
 
 
-def _held(laws_NV: Tensor, q_NV: Tensor, tokens: Items[int]) -> tuple[Tensor, Tensor, Tensor]:
-    p_NV = laws_NV.float()
+def _held(p_NV: Tensor, q_NV: Tensor) -> tuple[Tensor, Tensor]:
     overlap_N = torch.minimum(p_NV, q_NV).sum(-1)
-    match_N = (p_NV.argmax(-1) == q_NV.argmax(-1)).float()
-    next_n = torch.tensor(tokens, device=q_NV.device, dtype=torch.long).unsqueeze(1)
-    rows = slice(0, len(tokens))
-    q_n, p_n = (law[rows].gather(1, next_n).squeeze(1) for law in (q_NV, p_NV))
-    stands_n = (q_n / p_n.clamp_min(1e-30)).clamp_max(1.0)
-    return overlap_N, match_N, stands_n
+    return overlap_N, (p_NV.argmax(-1) == q_NV.argmax(-1)).float()

@@ -10,20 +10,17 @@ epsilon times d/D undo that exactly.
 """
 
 import json
-import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from outrider.train.export import write_weights
+from outrider.train.placing import DTYPES, Placing, home
 from outrider.train.shapes import CONFIG_KEYS, GrownShape, choose_shape
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def grow(
@@ -52,12 +49,11 @@ def grow(
     Raises:
         ValueError: no Llama checkpoint, an unknown size or dtype, or a shape that would shrink.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    check_dtype(dtype)
     if noise < 0.0:
         raise ValueError(f"noise {noise} is negative; choose 0 or more")
-    config = _read_config(source_folder)
-    old = GrownShape(**{name: config[key] for name, key in CONFIG_KEYS.items()})
+    config = read_llama(source_folder)
+    old, head_dim = read_shape(config)
     wanted = {
         "hidden_size": hidden_size,
         "num_layers": num_layers,
@@ -66,10 +62,9 @@ def grow(
         "num_kv_heads": num_kv_heads,
     }
     new = choose_shape(old, size, wanted)
-    head_dim = config.get("head_dim") or old.hidden_size // old.num_heads
-    growth = _Growth(old, new, head_dim, noise=noise, seed=seed, dtype=_DTYPES[dtype])
+    placing = Placing(old, new, head_dim, seed=seed, dtype=DTYPES[dtype], noise=noise)
     out_folder.mkdir(parents=True, exist_ok=True)
-    weights = growth.apply(_read_weights(source_folder))
+    weights = _grow_weights(_read_weights(source_folder), old, new, placing)
     write_weights(weights, out_folder / "model.safetensors")
     _write_config(config, old, new, head_dim, dtype, out_folder)
     for path in source_folder.iterdir():
@@ -77,106 +72,47 @@ def grow(
             shutil.copyfile(path, out_folder / path.name)
 
 
-class _Growth:
-    """One growth: where old rows and columns go, and what fills the rest."""
+def check_dtype(dtype: str) -> None:
+    """ValueError unless weights can be written in it."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
 
-    def __init__(
-        self,
-        old: GrownShape,
-        new: GrownShape,
-        head_dim: int,
-        *,
-        noise: float,
-        seed: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self._old, self._new, self._noise, self._dtype = old, new, noise, dtype
-        self._generator = torch.Generator().manual_seed(seed)
-        hidden = (torch.arange(old.hidden_size), new.hidden_size)
-        units = (torch.arange(old.intermediate_size), new.intermediate_size)
-        queries = (_head_rows(old, new, head_dim), new.num_heads * head_dim)
-        keys = (torch.arange(old.num_kv_heads * head_dim), new.num_kv_heads * head_dim)
-        self._places = {
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-            "gate_proj": (units, hidden),
-            "up_proj": (units, hidden),
-            "down_proj": (hidden, units),
-        }
-        self._hidden = hidden
 
-    def apply(self, source: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All tensors of the larger checkpoint."""
-        grown: dict[str, Tensor] = {}
+def read_shape(config: Mapping[str, Any]) -> tuple[GrownShape, int]:
+    """Sizes and head width in the config of a Llama."""
+    shape = GrownShape(**{name: config[key] for name, key in CONFIG_KEYS.items()})
+    return shape, config.get("head_dim") or shape.hidden_size // shape.num_heads
+
+
+def _grow_weights(
+    source: dict[str, Tensor], old: GrownShape, new: GrownShape, placing: Placing
+) -> dict[str, Tensor]:
+    """All tensors of the larger checkpoint."""
+    grown: dict[str, Tensor] = {}
+    for name, weight in source.items():
+        if not name.startswith("model.layers."):
+            grown[name] = placing.norm(weight) if weight.ndim == 1 else placing.outer(weight)
+    # Each old layer is followed by its share of new ones.
+    homes = {home(index, old.num_layers, new.num_layers): index for index in range(old.num_layers)}
+    nearest = 0
+    for layer in range(new.num_layers):
+        nearest = homes.get(layer, nearest)
+        prefix = f"model.layers.{nearest}."
         for name, weight in source.items():
-            if not name.startswith("model.layers."):
-                grown[name] = self._grow_outer(weight)
-        num_old, num_new = self._old.num_layers, self._new.num_layers
-        # Old layers are spread evenly, each followed by its share of new ones.
-        homes = {index * num_new // num_old: index for index in range(num_old)}
-        nearest = 0
-        for layer in range(num_new):
-            nearest = homes.get(layer, nearest)
-            prefix = f"model.layers.{nearest}."
-            for name, weight in source.items():
-                if name.startswith(prefix):
-                    key = f"model.layers.{layer}.{name.removeprefix(prefix)}"
-                    grown[key] = self._grow_inner(name, weight, is_old=layer in homes)
-        return grown
-
-    def _grow_outer(self, weight: Tensor) -> Tensor:
-        """Embedding, output matrix (V, D) or the last norm (D,)."""
-        if weight.ndim == 1:
-            return self._grow_norm(weight)
-        rows = (torch.arange(len(weight)), len(weight))
-        return self._place(weight, rows, self._hidden, deviation=self._noise, is_old=True)
-
-    def _grow_inner(self, name: str, weight: Tensor, *, is_old: bool) -> Tensor:
-        if weight.ndim == 1:
-            return self._grow_norm(weight)
-        kind = name.split(".")[-2]
-        rows, columns = self._places[kind]
-        deviation = 1.0 if kind in _READERS else self._noise
-        return self._place(weight, rows, columns, deviation=deviation, is_old=is_old)
-
-    def _grow_norm(self, weight: Tensor) -> Tensor:
-        scale = math.sqrt(self._old.hidden_size / self._new.hidden_size)
-        grown = torch.full((self._new.hidden_size,), scale)
-        grown[: len(weight)] = weight.float() * scale
-        return grown.to(self._dtype)
-
-    def _place(
-        self,
-        weight: Tensor,
-        rows: tuple[Tensor, int],
-        columns: tuple[Tensor, int],
-        *,
-        deviation: float,
-        is_old: bool,
-    ) -> Tensor:
-        """`weight` at its rows and columns, gaussian values of relative `deviation` elsewhere."""
-        size = (rows[1], columns[1])
-        if deviation > 0.0:
-            scale = deviation * float(weight.float().std())
-            grown = torch.randn(size, generator=self._generator) * scale
-        else:
-            grown = torch.zeros(size)
-        if is_old:
-            grown[rows[0][:, None], columns[0]] = weight.float()
-        return grown.to(self._dtype)
+            if name.startswith(prefix):
+                key = f"model.layers.{layer}.{name.removeprefix(prefix)}"
+                grown[key] = _grow_inner(name, weight, placing, is_old=layer in homes)
+    return grown
 
 
-def _head_rows(old: GrownShape, new: GrownShape, head_dim: int) -> Tensor:
-    """Rows of the old query heads: each stays in the group of the kv head it reads."""
-    old_group, new_group = old.num_heads // old.num_kv_heads, new.num_heads // new.num_kv_heads
-    head = torch.arange(old.num_heads)
-    home = head // old_group * new_group + head % old_group
-    return (home[:, None] * head_dim + torch.arange(head_dim)).flatten()
+def _grow_inner(name: str, weight: Tensor, placing: Placing, *, is_old: bool) -> Tensor:
+    if weight.ndim == 1:
+        return placing.norm(weight)
+    return placing.matrix(name.split(".")[-2], weight, is_old=is_old)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_llama(folder: Path) -> dict[str, Any]:
+    """The config of a Llama checkpoint. ValueError if it is none."""
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if (
