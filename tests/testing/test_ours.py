@@ -11,7 +11,6 @@ from outrider.draft.translate import TranslateDrafter
 from outrider.registry import DRAFTERS, VERIFIERS
 from outrider.testing import ByteTokenizer, check_drafter, check_verifier, tiny_decoder, tiny_engine
 from tests.draft.heads import KINDS, head, loud_target
-from tests.draft.test_kv_draft import heirs_have_the_kv  # noqa: F401 (a fixture)
 from tests.draft.vocabularies import letters, speaker
 
 VOCAB = 256
@@ -95,9 +94,7 @@ def in_parallel() -> ModelDrafter:
 
 
 @pytest.mark.parametrize(("name", "setting"), with_defaults(OURS, DRAFTER_SETTINGS))
-def test_drafters(name, setting, datastore, request):
-    if name == "kv_draft":
-        request.getfixturevalue("heirs_have_the_kv")
+def test_drafters(name, setting, datastore):
     needs = DRAFTERS.load(name).needs
     more = {"prediction_token_ids": GUESS} if "prediction" in needs else {}
     made = with_head(HEADS[name][0]) if "head" in needs else {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count, product
 from typing import Any, TypeAlias
 
+from outrider.cache.pool import KVPool
 from outrider.draft.base import Drafter, Warmth
 from outrider.engine.engine import Engine
 from outrider.errors import PairError, RequestError
@@ -239,7 +240,7 @@ def _check_snapshots(trial: Trial) -> None:
     def between(step: int) -> None:
         mine = [s for s in used.scheduler.running if s.speculation.drafter == trial.name]
         if step == RESTORE_AT:
-            heirs.extend(_heirs(trial, watch.drafter, mine))
+            heirs.extend(_heirs(trial, used, watch.drafter, mine))
         if step == RESTORE_AT + 1:
             _check_heirs(trial, watch.drafted, heirs)
             heirs.clear()
@@ -252,13 +253,18 @@ def _check_snapshots(trial: Trial) -> None:
 
 
 class Heir:
-    """A drafter of another engine that took over a sequence, as it stood then."""
+    """A drafter of another engine that took over a sequence, as it stood then.
 
-    def __init__(self, trial: Trial, seq: Sequence, state: bytes) -> None:
+    That engine has the target's KV, for there are drafters that read it; a snapshot is of what a
+    drafter keeps beside.
+    """
+
+    def __init__(self, trial: Trial, giver: Engine, seq: Sequence, state: bytes) -> None:
         self.seq = copy(seq)
         self.seq.tokens, self.seq.drafter_state = list(seq.tokens), {}
         self.engine, watch = trial.engine()
         self.drafter = watch.drafter
+        _copy_kv(giver.runner.pool, self.engine.runner.pool)
         self.drafter.open(self.seq)
         self.drafter.restore(self.seq, pickle.loads(state))
 
@@ -270,7 +276,15 @@ class Heir:
         self.drafter.close(self.seq)
 
 
-def _heirs(trial: Trial, drafter: Drafter, sequences: Items[Sequence]) -> Iterator[Heir]:
+def _copy_kv(source: KVPool, into: KVPool) -> None:
+    for theirs, mine in zip(source.layers, into.layers, strict=True):
+        mine.keys.copy_(theirs.keys)
+        mine.values.copy_(theirs.values)
+
+
+def _heirs(
+    trial: Trial, giver: Engine, drafter: Drafter, sequences: Items[Sequence]
+) -> Iterator[Heir]:
     for seq in sequences:
         snapshot = drafter.snapshot(seq)
         if snapshot is not None:
@@ -279,7 +293,7 @@ def _heirs(trial: Trial, drafter: Drafter, sequences: Items[Sequence]) -> Iterat
             covered = snapshot.num_tokens
             told = f"{trial.name}: a snapshot covers {covered} of {len(seq.tokens)} tokens"
             assert 0 < covered <= len(seq.tokens), told
-            yield Heir(trial, seq, pickle.dumps(snapshot))
+            yield Heir(trial, giver, seq, pickle.dumps(snapshot))
 
 
 def _check_heirs(trial: Trial, drafted: Items[Drafted], heirs: Items[Heir]) -> None:

@@ -6,14 +6,21 @@ Shape legend: B sequences, T window length.
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from outrider.train.network import Decoder
@@ -115,7 +122,7 @@ class Trainer:
         if max_steps is not None:
             last = min(last, self._step + max_steps)
         losses: list[Tensor] = []
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("training", total=last, completed=self._step)
             while self._step < last:
                 started = time.perf_counter()
@@ -150,13 +157,9 @@ class Trainer:
         logger.info("step %d loss %.4f after %.0f s", self._step, loss, self._seconds)
 
     def save(self) -> None:
-        """Write the checkpoint so that a reader sees the old one or the new one, never a part."""
-        if self._checkpoint is None:
-            return
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._checkpoint.with_suffix(".partial")
-        torch.save(self._state(), partial)
-        partial.replace(self._checkpoint)
+        """Write the checkpoint, if there is to be one."""
+        if self._checkpoint is not None:
+            write_state(self._state(), self._checkpoint)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -168,6 +171,27 @@ class Trainer:
             "seconds": self._seconds,
             "curve": [tuple(point) for point in self.curve],
         }
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Writes a checkpoint so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(dict(state), partial)
+    partial.replace(path)
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """On stderr, if that is a terminal; `columns` come before the time that is left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
 
 
 def _optimizers(model: Decoder, config: TrainerConfig) -> list[torch.optim.Optimizer]:
@@ -195,15 +219,3 @@ def _rate_factor(step: int, config: TrainerConfig) -> float:
     warmup = (step + 1) / (config.num_warmup_steps + 1)
     decay = (config.num_steps - step) / (config.decay_share * config.num_steps)
     return min(warmup, 1.0, decay)
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not sys.stderr.isatty(),
-    )

@@ -5,10 +5,16 @@ import torch
 
 from outrider.errors import ConfigError
 from outrider.train.heads.acceptance import HEAD, Marks, Scores
-from outrider.train.heads.promote import check_in_use, compare, replace_head, roll_back
+from outrider.train.heads.promote import (
+    check_in_use,
+    compare,
+    replace_head,
+    roll_back,
+    tally_of,
+)
 
 
-def scores(rates, *, num_rows=30, noise=0.02, seed=0):
+def tally(rates, *, num_rows=30, noise=0.02, seed=0):
     """One depth; a document's rows stand about as often as it says."""
     generator = torch.Generator().manual_seed(seed)
     rows = [
@@ -17,14 +23,15 @@ def scores(rates, *, num_rows=30, noise=0.02, seed=0):
     drawn = torch.cat(rows)
     units = torch.arange(len(rates)).repeat_interleave(num_rows)
     marks = {HEAD: Marks(drawn, drawn.round())}
-    return Scores(marks, units, [f"d{i}" for i in range(len(rates))], torch.zeros(len(drawn)))
+    names = [f"d{i}" for i in range(len(rates))]
+    return tally_of(Scores(marks, units, names, torch.zeros(len(drawn))))
 
 
 OLD = [0.2, 0.9, 0.5, 0.7, 0.3, 0.6, 0.8, 0.4]
 
 
 def test_a_small_gain_everywhere_is_found_because_documents_are_paired():
-    found = compare(scores([rate + 0.05 for rate in OLD], seed=1), scores(OLD))
+    found = compare(tally([rate + 0.05 for rate in OLD], seed=1), tally(OLD))
     assert found.is_better
     assert found.difference == pytest.approx(0.05, abs=0.01)
     assert found.low < found.difference < found.high
@@ -33,7 +40,7 @@ def test_a_small_gain_everywhere_is_found_because_documents_are_paired():
 
 def test_a_gain_on_one_document_is_not_sure():
     new = [*OLD[:-1], 0.9]
-    found = compare(scores(new, seed=1), scores(OLD))
+    found = compare(tally(new, seed=1), tally(OLD))
     assert found.difference > 0.05
     assert not found.is_better
 
@@ -41,18 +48,18 @@ def test_a_gain_on_one_document_is_not_sure():
 def test_rows_of_one_document_are_no_evidence_for_others():
     """Resampling rows would call this sure: thousands of them, of four documents."""
     new, old = [0.9, 0.5, 0.4, 0.3], [0.5, 0.5, 0.4, 0.3]
-    assert not compare(scores(new, num_rows=2000), scores(old, num_rows=2000)).is_better
+    assert not compare(tally(new, num_rows=2000), tally(old, num_rows=2000)).is_better
 
 
 def test_worse_and_equal_heads_are_not_better():
-    assert not compare(scores([rate - 0.05 for rate in OLD], seed=1), scores(OLD)).is_better
-    same = compare(scores(OLD), scores(OLD))
+    assert not compare(tally([rate - 0.05 for rate in OLD], seed=1), tally(OLD)).is_better
+    same = compare(tally(OLD), tally(OLD))
     assert (same.difference, same.is_better) == (0.0, False)
 
 
 def test_too_few_documents_tell_nothing():
     with pytest.raises(ConfigError, match="3 held-out documents"):
-        compare(scores(OLD[:3]), scores(OLD[:3]))
+        compare(tally(OLD[:3]), tally(OLD[:3]))
 
 
 def head(folder, content):

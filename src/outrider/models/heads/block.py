@@ -32,6 +32,8 @@ NOT_SERVED = (
     ("DSpark of DeepSeek", re.compile(r"main_proj\.")),
     ("Laguna", re.compile(r".*(qkv_proj|g_proj)\.|aux_hidden_norms\.")),
 )
+# What a config calls some of them: speculators by its model type, SpecForge by a projector.
+CALLED = {"domino": "Domino", "dflash2": "DFlash2", "xpress": "XPress"}
 # Settings of a body that computes something else; only these values are served.
 ONLY = {"attention_sink_bias": False, "attention_value_scale": 1.0}
 
@@ -70,14 +72,21 @@ def _settings(given: Given) -> Mapping[str, Any]:
     return {**given.values, **(given.config.get("dflash_config") or {})}
 
 
+def _kinds(given: Given, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    return given.config.get("speculators_model_type"), settings.get("projector_type")
+
+
 def _refuse_others(given: Given, settings: Mapping[str, Any]) -> None:
+    called = next((CALLED[kind] for kind in _kinds(given, settings) if kind in CALLED), "")
+    found = [(called, "as its config says")] if called else []
     for variant, pattern in NOT_SERVED:
-        strange = next((name for name in given.tensors if pattern.match(name)), None)
-        if strange:
-            raise ConfigError(
-                f"the head {given.source!r} is of {variant} ({given.name(strange)}), which is not "
-                "served: use a DFlash or DSpark head, or another drafter"
-            )
+        found += [(variant, given.name(name)) for name in given.tensors if pattern.match(name)]
+    if found:
+        variant, sign = found[0]
+        raise ConfigError(
+            f"the head {given.source!r} is of {variant} ({sign}), which is not served: use a "
+            "DFlash or DSpark head, or another drafter"
+        )
     for key, served in ONLY.items():
         if settings.get(key) not in (None, served):
             raise ConfigError(f"config.json: {key}={settings[key]!r} is not served")
@@ -90,6 +99,8 @@ def _widths(given: Given, hidden: int) -> Widths:
     if said is not None:
         given.agree_target("num_target_layers", said, given.target.num_layers)
     fused, vocab = given.shape("fc.weight")[1], given.target.vocab_size
+    if "embed_tokens.weight" not in given.tensors:  # one of its own may hold more than the target's
+        given.agree_target("vocab_size", given.count("vocab_size") or vocab, vocab)
     if fused % feature:
         raise ConfigError(
             f"{given.name('fc.weight')} reads {fused} values, no multiple of {feature}: "
@@ -139,7 +150,7 @@ def _markov(given: Given, settings: Mapping[str, Any]) -> MarkovShape | None:
     has_markov = "markov.w1" in given.tensors
     said = settings.get("markov_head_type")
     if not has_markov:
-        if said is not None:
+        if said is not None or _says_dspark(given, settings):
             given.shape("markov.w1")
         return None
     kind = _markov_kind(given)
@@ -154,6 +165,11 @@ def _markov(given: Given, settings: Mapping[str, Any]) -> MarkovShape | None:
             f"{given.name('markov.w1')} {list(given.shape('markov.w1'))} shows {rank}"
         )
     return MarkovShape(kind=kind, rank=rank, confidence=_confidence(given, settings, rank))
+
+
+def _says_dspark(given: Given, settings: Mapping[str, Any]) -> bool:
+    rank = settings.get("markov_rank")
+    return bool(rank) or (rank is None and "dspark" in _kinds(given, settings))
 
 
 def _markov_kind(given: Given) -> Literal["vanilla", "gated", "rnn"]:
@@ -207,10 +223,11 @@ def _conventions(
         num_layers=given.target.num_layers,
     )
     masks, masks_stated = _masks(settings, decoder)
+    from_anchor, anchor_stated = _from_anchor(given, settings)
     stated = {
         "feature_layers": is_stated,
         "block_masks": masks_stated,
-        "sample_from_anchor": settings.get("sample_from_anchor") is not None,
+        "sample_from_anchor": anchor_stated,
     }
     declared = Conventions(
         feature_layers=layers,
@@ -219,9 +236,17 @@ def _conventions(
         norm_gain="one-plus-weight" if adds_one_to_gain(decoder.family) else "weight",
         rope_style="interleaved" if settings.get("is_neox_style") is False else "half-split",
         block_masks=masks,
-        sample_from_anchor=bool(settings.get("sample_from_anchor")),
+        sample_from_anchor=from_anchor,
     )
     return declared, frozenset(name for name, is_said in stated.items() if not is_said)
+
+
+def _from_anchor(given: Given, settings: Mapping[str, Any]) -> tuple[bool, bool]:
+    """DSpark's runtime drafts from the anchor on; a speculators file that is silent does not."""
+    said = settings.get("sample_from_anchor")
+    if said is None:
+        return "markov.w1" in given.tensors and not given.is_speculators, False
+    return bool(said), True
 
 
 def _masks(settings: Mapping[str, Any], decoder: DecoderShape) -> tuple[tuple[Mask, ...], bool]:

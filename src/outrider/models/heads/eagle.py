@@ -59,6 +59,24 @@ def read_eagle(given: Given) -> Head:
 
 def read_eagle3(given: Given) -> Head:
     """EAGLE-3 (Li et al. 2025): fused layers of the target, feedback, a vocabulary of its own."""
+    return _read(given, Family.EAGLE3)
+
+
+def read_peagle(given: Given) -> Head:
+    """P-EAGLE: EAGLE-3 and the feature that stands where none is known yet."""
+    head = _read(given, Family.PEAGLE)
+    key = next((key for key in MASK_KEYS if given.values.get(key) is not None), None)
+    if key is None:
+        raise ConfigError(f"the head has 'mask_hidden', but config.json no {MASK_KEYS[0]}")
+    token, num_tokens = given.values[key], head.spec.widths.vocab
+    if not isinstance(token, int) or not 0 <= token < num_tokens:
+        raise ConfigError(f"config.json: {key}={token!r} must be a token id below {num_tokens}")
+    head.tensors["mask_feature"] = head.tensors["mask_feature"].flatten()
+    return Head(replace(head.spec, mask_token_id=token), head.tensors)
+
+
+def _read(given: Given, family: Family) -> Head:
+    """What EAGLE-3 and P-EAGLE share."""
     _refuse_modelopt(given)
     hidden, decoder = hidden_size(given), read_decoder(given)
     widths = _widths(given, hidden)
@@ -68,7 +86,7 @@ def read_eagle3(given: Given) -> Head:
     kind = given.pinned.get("vocabulary_map", "offset")
     ids_D = take_map(tensors, num_draft=widths.draft_vocab, num_target=widths.vocab, kind=kind)
     spec = HeadSpec(
-        family=Family.EAGLE3,
+        family=family,
         widths=widths,
         conventions=replace(declared, vocabulary_map="none" if ids_D is None else kind),
         decoder=decoder,
@@ -76,19 +94,6 @@ def read_eagle3(given: Given) -> Head:
         assumed=assumed,
     )
     return Head(lay_down(given, spec), tensors)
-
-
-def read_peagle(given: Given) -> Head:
-    """P-EAGLE: EAGLE-3 and the feature that stands where none is known yet."""
-    head = read_eagle3(given)
-    key = next((key for key in MASK_KEYS if given.values.get(key) is not None), None)
-    if key is None:
-        raise ConfigError(f"the head has 'mask_hidden', but config.json no {MASK_KEYS[0]}")
-    token, num_tokens = given.values[key], head.spec.widths.vocab
-    if not isinstance(token, int) or not 0 <= token < num_tokens:
-        raise ConfigError(f"config.json: {key}={token!r} must be a token id below {num_tokens}")
-    head.tensors["mask_feature"] = head.tensors["mask_feature"].flatten()
-    return Head(replace(head.spec, family=Family.PEAGLE, mask_token_id=token), head.tensors)
 
 
 def _eagle3_shapes(given: Given, decoder: DecoderShape, widths: Widths) -> tuple[Shapes, Shapes]:

@@ -1,4 +1,4 @@
-"""What EAGLE networks are put together from: sizes, rope, and the layer that reads two inputs."""
+"""What networks of EAGLE and block heads are put together from: sizes, rope, a first layer."""
 
 from dataclasses import replace
 

@@ -10,8 +10,11 @@ Block: `fc.weight`, `hidden_norm.weight`, `layers.{i}.*`, `norm.weight`, `mask_e
 `markov.{w1,w2}`, `markov.{gate,joint}.weight`, `confidence.{weight,bias}`. Medusa:
 `heads.{i}.blocks.{j}.{weight,bias}`, `heads.{i}.lm_head.weight`. MTP, per module:
 `modules.{i}.{embedding_norm,feature_norm,fc,norm,embed_tokens,lm_head}.weight` and
-`modules.{i}.layer.*` with the names of a layer of the target. All but Medusa and MTP may have
-`embed_tokens.weight` and `lm_head.weight`; where they have none, the target's is meant.
+`modules.{i}.layer.*` with the names of a layer of the target. KV: `embedding_norm.weight` and
+`feature_norm.weight` (of the two inputs), `fc.weight`, `layers.{i}.*` as Llama's but for keys and
+values that are the target's, `norm.weight`, `output.weight` (to the target's width); shapes are in
+`kv_head`. All but Medusa, MTP and KV may have `embed_tokens.weight`, all but Medusa and MTP
+`lm_head.weight`; where they have none, the target's is meant.
 `target_ids`, int64: the target's token for each draft id; absent where they are the same.
 """
 

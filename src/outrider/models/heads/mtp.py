@@ -9,6 +9,7 @@ from outrider.models.heads.detect import MTP_KEYS
 from outrider.models.heads.given import Given, Shape, Shapes, adds_one_to_gain
 from outrider.models.heads.pins import lay_down
 from outrider.models.heads.spec import Conventions, Family, Head, HeadSpec, MTPShape, Widths
+from outrider.models.weights import IGNORED_ENDINGS
 
 LayerShapes = Mapping[str, Shape]
 
@@ -95,7 +96,7 @@ class Modules(NamedTuple):
 
 def find_modules(names: Iterable[str]) -> Modules:
     """The modules, by their names in the files. ModelError if their numbers have gaps."""
-    names = list(names)
+    names = [name for name in names if not name.endswith(IGNORED_ENDINGS)]
     layout = next(layout for layout in LAYOUTS if _numbers(layout, names))
     numbers = sorted(_numbers(layout, names))
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
@@ -199,7 +200,7 @@ def _template(
     """The target's layer with most tensors in common, and its number; of equals the last."""
     layers: dict[int, Shapes] = {}
     for name, shape in target_shapes.items():
-        match = _LAYER.match(name)
+        match = None if name.endswith(IGNORED_ENDINGS) else _LAYER.match(name)
         if match and int(match[1]) < given.target.num_layers:
             layers.setdefault(int(match[1]), {})[match[2]] = shape
     if not layers:

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 
 from outrider.errors import ModelError
 from outrider.models.heads.spec import Family
-
-# Written by some tools, computed by everybody from the rope settings.
-IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
+from outrider.models.weights import IGNORED_ENDINGS
 
 _ALIASES = (
     (r"model\.", ""),

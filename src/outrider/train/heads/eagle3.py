@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from outrider.errors import ConfigError
 from outrider.models.heads.eagle_network import EagleNetwork
 from outrider.models.heads.load import load_head
-from outrider.models.heads.spec import Conventions, DecoderShape, Family, Head, HeadSpec, Widths
+from outrider.models.heads.spec import Conventions, DecoderShape, Family, HeadSpec, Widths
 from outrider.train.heads.eagle3_files import LAYOUTS, Written
 from outrider.train.heads.layers import MLP, Attention, Course, Layer, RMSNorm, Seen
 from outrider.train.heads.pieces import Packed
 from outrider.train.heads.settings import DraftTraining
 from outrider.train.heads.shape import decoder_shape, feature_layers
-from outrider.train.heads.student import Student, reset
+from outrider.train.heads.student import HeadStudent, reset
 from outrider.train.heads.teacher import Taught, Teacher
 from outrider.train.heads.timing import row_pass
 
 DEPTHS = 3
 
 
-class Eagle3(Student):
+class Eagle3(HeadStudent):
     """One head.
 
     Args:
@@ -110,13 +110,6 @@ class Eagle3(Student):
         network = EagleNetwork(self.head(), self._teacher.shown)
         return row_pass(network, num_sequences, self.spec.widths.hidden)
 
-    def head(self) -> Head:
-        """As it would be loaded."""
-        tensors = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
-        if self.ids_D is not None:
-            tensors["target_ids"] = self.ids_D
-        return Head(self.spec, tensors)
-
     def write(
         self, folder: Path, layout: str, about: Mapping[str, Any], dtype: torch.dtype
     ) -> None:
@@ -166,7 +159,7 @@ class Eagle3(Student):
                 self.fc_norm = nn.ModuleList(norms)
         first = FirstLayer(shape, hidden, norm_before_residual=chosen.norm_before_residual)
         self.layers = nn.ModuleList(
-            [first, *(Layer(shape, hidden) for _ in range(1, shape.num_layers))]
+            [first, *(_later_layer(shape, hidden) for _ in range(1, shape.num_layers))]
         )
         self.norm = RMSNorm(hidden, shape.norm_eps)
         if chosen.lm_head == "own":
@@ -185,7 +178,7 @@ class FirstLayer(nn.Module):
         self.hidden_norm = RMSNorm(hidden, shape.norm_eps)
         self.self_attn = Attention(shape, hidden, 2 * hidden)
         self.post_attention_layernorm = RMSNorm(hidden, shape.norm_eps)
-        self.mlp = MLP(shape, hidden)
+        self.mlp = MLP(hidden, shape.intermediate_size)
         self._norm_before_residual = norm_before_residual
 
     def forward(self, embedded_ND: Tensor, input_ND: Tensor, course: Course, seen: Seen) -> Tensor:
@@ -195,6 +188,11 @@ class FirstLayer(nn.Module):
         hidden_ND = residual_ND + self.self_attn(both_NX, course, seen)
         out_ND: Tensor = hidden_ND + self.mlp(self.post_attention_layernorm(hidden_ND))
         return out_ND
+
+
+def _later_layer(shape: DecoderShape, hidden: int) -> Layer:
+    attention = Attention(shape, hidden, hidden)
+    return Layer(attention, hidden, shape.intermediate_size, shape.norm_eps)
 
 
 def _new_spec(teacher: Teacher, settings: DraftTraining, ids_D: Tensor | None) -> HeadSpec:

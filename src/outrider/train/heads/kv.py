@@ -9,7 +9,7 @@ Shape legend: N rows, R rows, H hidden width of the target, h of the head, J hea
 one, X of all, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,18 +21,19 @@ from outrider.errors import ConfigError
 from outrider.models.checkpoint import load_tensors
 from outrider.models.decoder import Decoder
 from outrider.models.heads.kv_head import KVHeadShape, KVHeadSpec, write_config
-from outrider.models.heads.kv_network import as_lean, check_kv
+from outrider.models.heads.kv_network import KVNetwork, as_lean, check_kv
 from outrider.models.heads.load import load_head
 from outrider.models.heads.spec import Conventions, Family, Widths
 from outrider.models.weights import FINAL_NORM
 from outrider.ops.base import Window
 from outrider.train.export import write_weights
 from outrider.train.heads.files import to_store, write_json, write_sidecar
-from outrider.train.heads.layers import Course, RMSNorm, Seen, Turn, attend, rotated
+from outrider.train.heads.layers import Course, Layer, RMSNorm, Seen, Turn, attend, rotated
 from outrider.train.heads.pieces import Packed
 from outrider.train.heads.settings import DraftTraining
-from outrider.train.heads.student import Student, reset
+from outrider.train.heads.student import HeadStudent, reset
 from outrider.train.heads.teacher import Taught, Teacher
+from outrider.train.heads.timing import kv_pass
 
 DEPTHS = 4
 NUM_LAYERS = 2
@@ -52,7 +53,7 @@ COPIED = (
 )
 
 
-class KVHead(Student):
+class KVHead(HeadStudent):
     """One head.
 
     Args:
@@ -67,6 +68,7 @@ class KVHead(Student):
     layouts = ("outrider",)
     lead = 1
     max_depth = None
+    spec: KVHeadSpec
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class KVHead(Student):
         self.feature_norm = RMSNorm(widths.target_hidden, eps)
         self.fc = nn.Linear(2 * widths.target_hidden, widths.hidden, bias=False)
         self.layers = nn.ModuleList(
-            Layer(spec.kv, widths.hidden, has_rope=_has_rope(target, layer))
+            self._layer(Attention(spec.kv, widths.hidden, has_rope=_has_rope(target, layer)))
             for layer in spec.kv.kv_layers
         )
         self.norm = RMSNorm(widths.hidden, eps)
@@ -164,6 +166,10 @@ class KVHead(Student):
     def num_passes(self, depth: int) -> int:
         return depth
 
+    def serving_pass(self, num_sequences: int) -> Callable[[], object]:
+        network = KVNetwork(self.head(), as_lean(self._teacher.network, "kv_draft"))
+        return kv_pass(network, num_sequences)
+
     def write(
         self, folder: Path, layout: str, about: Mapping[str, Any], dtype: torch.dtype
     ) -> None:
@@ -174,6 +180,10 @@ class KVHead(Student):
         write_json(folder / "config.json", write_config(self.spec))
         write_weights(tensors, folder / "model.safetensors")
         write_sidecar(folder, {}, about)
+
+    def _layer(self, attention: "Attention") -> Layer:
+        kv = self.spec.kv
+        return Layer(attention, self.spec.widths.hidden, kv.intermediate_size, kv.norm_eps)
 
     def _enter(self, tokens_N: Tensor, fed_NH: Tensor) -> Tensor:
         embedded_NH = self._teacher.embed(tokens_N).float()
@@ -197,22 +207,6 @@ class KVHead(Student):
         if room != "layers" or part.removesuffix(".weight") not in COPIED:
             return ""
         return f"model.layers.{self.spec.kv.kv_layers[int(index)]}.{part}"
-
-
-class Layer(nn.Module):
-    """Attention to the target's KV and, if the head `sees_drafts`, to earlier steps of the row."""
-
-    def __init__(self, shape: KVHeadShape, hidden: int, *, has_rope: bool) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(hidden, shape.norm_eps)
-        self.self_attn = Attention(shape, hidden, has_rope=has_rope)
-        self.post_attention_layernorm = RMSNorm(hidden, shape.norm_eps)
-        self.mlp = FeedForward(hidden, shape.intermediate_size)
-
-    def forward(self, hidden_Nh: Tensor, course: Course, seen: Seen) -> Tensor:
-        hidden_Nh = hidden_Nh + self.self_attn(self.input_layernorm(hidden_Nh), course, seen)
-        out_Nh: Tensor = hidden_Nh + self.mlp(self.post_attention_layernorm(hidden_Nh))
-        return out_Nh
 
 
 class Attention(nn.Module):
@@ -246,20 +240,6 @@ class Attention(nn.Module):
         if norm is not None:
             heads_NJD = norm(heads_NJD).to(flat_NX.dtype)
         return rotated(heads_NJD, turn) if self._has_rope else heads_NJD
-
-
-class FeedForward(nn.Module):
-    """down(silu(gate) * up)."""
-
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, hidden_Nh: Tensor) -> Tensor:
-        out_Nh: Tensor = self.down_proj(F.silu(self.gate_proj(hidden_Nh)) * self.up_proj(hidden_Nh))
-        return out_Nh
 
 
 def new_spec(

@@ -130,11 +130,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate) * up)."""
 
-    def __init__(self, shape: DecoderShape, hidden: int) -> None:
+    def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, shape.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         gated_NI = F.silu(self.gate_proj(hidden_ND)) * self.up_proj(hidden_ND)
@@ -143,14 +143,14 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """An ordinary layer."""
+    """An ordinary layer around some attention."""
 
-    def __init__(self, shape: DecoderShape, hidden: int) -> None:
+    def __init__(self, attention: nn.Module, hidden: int, inner: int, eps: float) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(hidden, shape.norm_eps)
-        self.self_attn = Attention(shape, hidden, hidden)
-        self.post_attention_layernorm = RMSNorm(hidden, shape.norm_eps)
-        self.mlp = MLP(shape, hidden)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.mlp = MLP(hidden, inner)
 
     def forward(self, hidden_ND: Tensor, course: Course, seen: Seen) -> Tensor:
         hidden_ND = hidden_ND + self.self_attn(self.input_layernorm(hidden_ND), course, seen)

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from outrider.errors import ConfigError
 from outrider.models.heads.load import load_head
 from outrider.models.heads.medusa_network import MedusaNetwork
-from outrider.models.heads.spec import Conventions, Family, Head, HeadSpec, MedusaShape, Widths
+from outrider.models.heads.spec import Conventions, Family, HeadSpec, MedusaShape, Widths
 from outrider.train.export import write_weights
 from outrider.train.heads.files import to_store, write_json, write_sidecar
 from outrider.train.heads.pieces import Packed
 from outrider.train.heads.settings import DraftTraining
-from outrider.train.heads.student import Student
+from outrider.train.heads.student import HeadStudent
 from outrider.train.heads.teacher import Taught, Teacher
 
 NUM_HEADS = 4
 WEIGHTS = "medusa_lm_head.safetensors"
 
 
-class Medusa(Student):
+class Medusa(HeadStudent):
     """Heads of one target; head i guesses the token at t + 2 + i from the state at t."""
 
     kind = "medusa"
@@ -110,13 +110,6 @@ class Medusa(Student):
             num_sequences, spec.hidden_size, dtype=spec.dtype, device=spec.device
         )
         return lambda: network.forward(states_NH, self.depths)
-
-    def head(self) -> Head:
-        """As it would be loaded."""
-        tensors = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
-        if self.ids_D is not None:
-            tensors["target_ids"] = self.ids_D
-        return Head(self.spec, tensors)
 
     def write(
         self, folder: Path, layout: str, about: Mapping[str, Any], dtype: torch.dtype

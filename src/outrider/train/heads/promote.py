@@ -1,8 +1,9 @@
 """Promotion: a new head takes the place of the one in use only if it is surely better.
 
-Both are scored on the same held-out text. What they differ by is averaged over documents drawn
-again and again (bootstrap, Efron 1979): positions of one document are alike, so documents are what
-chance is about.
+Both are tallied on the same held-out documents: led along their text where the trainer runs both,
+else drafting in the engine for what the target says there. What they differ by is averaged over
+documents drawn again and again (bootstrap, Efron 1979): positions of one document are alike, so
+documents are what chance is about.
 
 Shape legend: M rows, U documents, S resamples.
 """
@@ -20,6 +21,13 @@ NUM_RESAMPLES = 2000
 INTERVAL = 0.95
 LEAST_DOCUMENTS = 4
 PREVIOUS, INCOMING = ".previous", ".incoming"
+
+
+class Tally(NamedTuple):
+    """By document: drafted tokens that stood, or would have, and drafts that were made."""
+
+    accepted: dict[str, float]
+    num_drafts: dict[str, int]
 
 
 class Comparison(NamedTuple):
@@ -47,23 +55,31 @@ class Comparison(NamedTuple):
         )
 
 
-def compare(new: Scores, old: Scores, *, seed: int = 0) -> Comparison:
+def tally_of(scores: Scores) -> Tally:
+    """Every scored row counts as a draft."""
+    accepted_M = scores.marks[HEAD].drawn_MK.double().cumprod(1).sum(1)
+    found = Tally({}, {})
+    for index, unit in enumerate(scores.units):
+        is_own_M = scores.unit_M == index
+        if bool(is_own_M.any()):
+            found.accepted[unit] = float(accepted_M[is_own_M].sum())
+            found.num_drafts[unit] = int(is_own_M.sum())
+    return found
+
+
+def compare(new: Tally, old: Tally, *, seed: int = 0) -> Comparison:
     """Paired by document.
 
     Raises:
         ConfigError: there are too few documents to tell anything.
     """
-    sums_new, rows_new = _by_document(new)
-    sums_old, rows_old = _by_document(old)
-    both = sorted(set(rows_new) & set(rows_old))
+    both = sorted(set(new.num_drafts) & set(old.num_drafts))
     if len(both) < LEAST_DOCUMENTS:
         raise ConfigError(
             f"{len(both)} held-out documents tell nothing of others: give at least "
             f"{LEAST_DOCUMENTS}"
         )
-    parts_4U = np.array(
-        [[part[unit] for unit in both] for part in (sums_new, rows_new, sums_old, rows_old)]
-    )
+    parts_4U = np.array([[part[unit] for unit in both] for part in (*new, *old)])
     draws_SU = np.random.default_rng(seed).integers(len(both), size=(NUM_RESAMPLES, len(both)))
     drawn_4S = parts_4U[:, draws_SU].sum(-1)
     differences_S = drawn_4S[0] / drawn_4S[1] - drawn_4S[2] / drawn_4S[3]
@@ -108,7 +124,7 @@ def roll_back(in_use: Path) -> None:
 
 
 def check_in_use(folder: Path) -> None:
-    """ConfigError unless there is a head; told before hours are spent."""
+    """ConfigError unless there is a draft; told before hours are spent."""
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"promote={str(folder)!r}: no head is in use there; the first one is copied by hand"
@@ -118,16 +134,3 @@ def check_in_use(folder: Path) -> None:
 def _beside(folder: Path, ending: str) -> Path:
     folder = folder.resolve()
     return folder.with_name(folder.name + ending)
-
-
-def _by_document(scores: Scores) -> tuple[dict[str, float], dict[str, int]]:
-    """By document, drafted tokens that would stand summed over its rows, and the rows."""
-    accepted_M = scores.marks[HEAD].drawn_MK.double().cumprod(1).sum(1)
-    sums: dict[str, float] = {}
-    rows: dict[str, int] = {}
-    for index, unit in enumerate(scores.units):
-        is_own_M = scores.unit_M == index
-        if bool(is_own_M.any()):
-            sums[unit] = float(accepted_M[is_own_M].sum())
-            rows[unit] = int(is_own_M.sum())
-    return sums, rows

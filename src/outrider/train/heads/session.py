@@ -9,13 +9,22 @@ from outrider.errors import ConfigError, unknown
 from outrider.train.heads.acceptance import COPY, NGRAM, Scores, score
 from outrider.train.heads.card import acceptance_table, conditional_table, facts, write_card
 from outrider.train.heads.forecast import Forecast, Prices, forecast, measure, told
-from outrider.train.heads.kinds import find_kind, load_student
+from outrider.train.heads.incumbent import Incumbent, load_incumbent
+from outrider.train.heads.kinds import find_kind
 from outrider.train.heads.losses import find_loss
 from outrider.train.heads.material import Report, device_of, gather, vocabulary_of
 from outrider.train.heads.objective import Objective
 from outrider.train.heads.pieces import Piece, PieceBatches, Split
-from outrider.train.heads.promote import Comparison, check_in_use, compare, replace_head
+from outrider.train.heads.promote import (
+    Comparison,
+    Tally,
+    check_in_use,
+    compare,
+    replace_head,
+    tally_of,
+)
 from outrider.train.heads.roundtrip import RoundTrip, write_checked
+from outrider.train.heads.serving import tally_served
 from outrider.train.heads.settings import DraftTraining
 from outrider.train.heads.student import Student
 from outrider.train.heads.teacher import Teacher
@@ -60,7 +69,7 @@ def train_draft(settings: DraftTraining, report: Report = logger.info) -> Outcom
     if settings.promote is not None:
         check_in_use(settings.promote)
     teacher = Teacher.load(settings.target, device=device_of(settings), dtype=settings.dtype)
-    in_use = None if settings.promote is None else load_student(settings.promote, teacher)
+    in_use = None if settings.promote is None else _in_use(settings, settings.promote, teacher)
     data, tokenizer = gather(settings, teacher, report)
     student = kind.fresh(teacher, settings, vocabulary_of(settings, kind, teacher, tokenizer, data))
     student = student.to(teacher.spec.device)
@@ -81,6 +90,10 @@ def train_draft(settings: DraftTraining, report: Report = logger.info) -> Outcom
     return run.finish(trainer.run(), layout)
 
 
+def _in_use(settings: DraftTraining, folder: Path, teacher: Teacher) -> Incumbent:
+    return load_incumbent(folder, teacher, device=settings.device, dtype=settings.dtype)
+
+
 class _Run:
     """What is looked at on the way, and done at the end."""
 
@@ -89,7 +102,7 @@ class _Run:
         settings: DraftTraining,
         teacher: Teacher,
         student: Student,
-        in_use: Student | None,
+        in_use: Incumbent | None,
         held_out: list[Piece],
         report: Report,
     ) -> None:
@@ -104,7 +117,7 @@ class _Run:
 
     def look(self, step: int) -> float:
         """Scores a part of the held-out text; the acceptance length."""
-        scores = self._scores(TOKENS_ON_THE_WAY)
+        scores = self._scored(self._student, self._num_depths, TOKENS_ON_THE_WAY)
         rates = scores.rates()
         conditional = " ".join(f"{rate:.2f}" for rate in rates.conditional)
         baselines = ", ".join(f"{name} {scores.rates(name).length:.2f}" for name in (NGRAM, COPY))
@@ -120,7 +133,7 @@ class _Run:
         settings, teacher, student = self._settings, self._teacher, self._student
         if finished.is_plateau:
             self._report(f"stopped after {finished.num_steps} steps: nothing improves any more")
-        scores = self._scores(TOKENS_AT_THE_END)
+        scores = self._scored(self._student, self._num_depths)
         guess = self._forecast(scores)
         about = facts(settings, finished, scores, num_parameters=student.num_parameters)
         trip = write_checked(student, teacher, settings.out, layout, about, self._held_out)
@@ -141,29 +154,46 @@ class _Run:
         for line in (acceptance_table(scores), conditional_table(scores), sentence, trip.told()):
             self._report(line)
         self._report(f"wrote {settings.out}{_loops(scores)}")
-        promotion = None
-        if settings.promote is not None and self._in_use is not None:
-            promotion = self._promote(scores, settings.promote, self._in_use)
+        promotion = None if self._in_use is None else self._promote(self._in_use)
         return Outcome(settings.out, finished, scores, guess, trip, promotion)
 
-    def _promote(self, scores: Scores, in_use: Path, other: Student) -> Comparison:
-        """Against the head in use, at depths that both have."""
-        num_depths = min(self._num_depths, other.max_depth or self._num_depths)
-        pieces = _first(self._held_out, TOKENS_AT_THE_END)
-        if num_depths != self._num_depths:
-            scores = score(self._student, self._teacher, pieces, num_depths)
-        found = compare(scores, score(other, self._teacher, pieces, num_depths))
+    def _promote(self, in_use: Incumbent) -> Comparison:
+        """Puts the new head in the place of the one in use if it is surely better."""
+        found = self._compared(in_use)
         self._report(found.told())
         if found.is_better:
-            previous = replace_head(in_use, self._settings.out)
-            self._report(f"{in_use} is the new head now; the one before is in {previous}")
+            previous = replace_head(in_use.folder, self._settings.out)
+            self._report(f"{in_use.folder} is the new head now; the one before is in {previous}")
         else:
-            self._report(f"{in_use} stays as it is")
+            self._report(f"{in_use.folder} stays as it is")
         return found
 
-    def _scores(self, num_tokens: int) -> Scores:
-        pieces = _first(self._held_out, num_tokens)
-        return score(self._student, self._teacher, pieces, self._num_depths)
+    def _compared(self, in_use: Incumbent) -> Comparison:
+        """At depths that both have."""
+        num_depths = min(self._num_depths, in_use.max_depth or self._num_depths)
+        if in_use.student is None:
+            self._report(f"the trainer does not run {in_use.folder}: both draft in the engine now")
+            folders = (self._settings.out, in_use.folder)
+            return compare(*(self._served(folder, num_depths) for folder in folders))
+        students = (self._student, in_use.student)
+        return compare(*(tally_of(self._scored(student, num_depths)) for student in students))
+
+    def _served(self, folder: Path, num_depths: int) -> Tally:
+        settings = self._settings
+        return tally_served(
+            settings.target,
+            folder,
+            _first(self._held_out, TOKENS_AT_THE_END),
+            num_draft_tokens=num_depths,
+            seed=settings.seed,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
+
+    def _scored(
+        self, student: Student, num_depths: int, num_tokens: int = TOKENS_AT_THE_END
+    ) -> Scores:
+        return score(student, self._teacher, _first(self._held_out, num_tokens), num_depths)
 
     def _forecast(self, scores: Scores) -> Forecast:
         if self._prices is None:  # of passes, which training does not change

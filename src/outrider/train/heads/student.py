@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from outrider.train.heads.pieces import Packed, Piece
+from outrider.models.heads.spec import Head, HeadSpec
+from outrider.train.heads.pieces import Packed
 from outrider.train.heads.settings import DraftTraining
 from outrider.train.heads.teacher import Taught, Teacher
-from outrider.train.heads.texts import Text
 
 
 class Student(nn.Module, ABC):
@@ -69,6 +69,10 @@ class Student(nn.Module, ABC):
         """Passes one after the other that a draft so deep takes."""
 
     @abstractmethod
+    def serving_pass(self, num_sequences: int) -> Callable[[], object]:
+        """One of the passes that drafting takes, as the engine runs it, for timing."""
+
+    @abstractmethod
     def write(
         self, folder: Path, layout: str, about: Mapping[str, Any], dtype: torch.dtype
     ) -> None:
@@ -78,21 +82,6 @@ class Student(nn.Module, ABC):
             about: facts for the sidecar, beside the conventions.
         """
 
-    def serving_pass(self, num_sequences: int) -> Callable[[], object]:
-        """One of the passes that drafting takes, for timing; as the engine runs it, if we know.
-
-        Here it is the trainer's own, without context.
-        """
-        text = Text("", [0, 0], [True, True], 1)
-        batch = Packed([Piece(text, "", "")] * num_sequences, self._teacher.spec.device)
-        taught = self._teacher.teach(batch, self.boundaries)
-
-        def run() -> Tensor:
-            states_ND = next(iter(self.states(batch, taught, 1)))
-            return self.logits(0, states_ND[:num_sequences])
-
-        return run
-
     @property
     def num_parameters(self) -> int:
         """That are learned."""
@@ -101,6 +90,23 @@ class Student(nn.Module, ABC):
     def keep_ids(self, ids_D: Tensor | None) -> None:
         """Remembers the draft vocabulary; it moves with the weights and is not saved with them."""
         self.register_buffer("ids_D", ids_D, persistent=False)
+
+
+class HeadStudent(Student):
+    """One that is a head: its parameters have the canonical names of tensors.
+
+    Attributes:
+        spec: as it would be read from its files.
+    """
+
+    spec: HeadSpec
+
+    def head(self) -> Head:
+        """As it would be loaded."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        if self.ids_D is not None:
+            tensors["target_ids"] = self.ids_D
+        return Head(self.spec, tensors)
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ Shape legend: N rows of a pass, D width of what a row of a head is fed with.
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from outrider.cache.pool import KVPool
 from outrider.models.base import ModelSpec, Network
+from outrider.models.heads.kv_network import KVNetwork
 from outrider.models.heads.network import RowNetwork
 from outrider.ops.base import Span
 
@@ -35,17 +37,35 @@ def target_pass(network: Network, num_sequences: int, num_nodes: int = 0) -> Cal
 
 def row_pass(network: RowNetwork, num_sequences: int, width: int) -> Callable[[], object]:
     """A row of a head for each sequence, fed with `width` values."""
+
+    def layout(spans: list[Span]) -> object:
+        return network.ops.layout(spans, network.spec.device)
+
+    return _head_pass(network, layout, num_sequences, width)
+
+
+def kv_pass(network: KVNetwork, num_sequences: int) -> Callable[[], object]:
+    """A row for each sequence of a head that reads the target's own KV."""
+
+    def rows(spans: list[Span]) -> object:
+        return network.rows(spans, [span.num_cached for span in spans])
+
+    return _head_pass(network, rows, num_sequences, network.spec.hidden_size)
+
+
+def _head_pass(
+    network: RowNetwork | KVNetwork,
+    place: Callable[[list[Span]], Any],
+    num_sequences: int,
+    width: int,
+) -> Callable[[], object]:
+    """What `place` makes of the rows is made anew for every pass, as in an engine."""
     spec = network.spec
     spans, pool = _places(spec, num_sequences, 0)
     tokens_N = torch.zeros(num_sequences, dtype=torch.long, device=spec.device)
     wanted_N = torch.arange(num_sequences, device=spec.device)
     inputs_ND = torch.ones(num_sequences, width, dtype=spec.dtype, device=spec.device)
-
-    def run() -> object:
-        layout = network.ops.layout(spans, spec.device)
-        return network.forward(tokens_N, inputs_ND, layout, pool.layers, wanted_N)
-
-    return run
+    return lambda: network.forward(tokens_N, inputs_ND, place(spans), pool.layers, wanted_N)
 
 
 @torch.no_grad()

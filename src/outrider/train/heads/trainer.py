@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from torch import Tensor
 
 from outrider.errors import ConfigError, ModelError
@@ -20,6 +18,7 @@ from outrider.train.heads.objective import Objective
 from outrider.train.heads.pieces import PieceBatches
 from outrider.train.heads.student import Student
 from outrider.train.heads.teacher import Teacher
+from outrider.train.trainer import LossPoint, progress_bar, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +64,6 @@ class LoopConfig:
         return self.rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-class Point(NamedTuple):
-    """Mean loss in nats since the point before, and seconds of steps so far."""
-
-    step: int
-    loss: float
-    seconds: float
-
-
 class Finished(NamedTuple):
     """How training ended.
 
@@ -84,7 +75,7 @@ class Finished(NamedTuple):
     num_steps: int
     num_skipped: int
     is_plateau: bool
-    curve: tuple[Point, ...]
+    curve: tuple[LossPoint, ...]
 
 
 class HeadTrainer:
@@ -119,7 +110,7 @@ class HeadTrainer:
         self._optimizer = _optimizer(student, config)
         self._step = self._num_skipped = self._num_skipped_in_a_row = 0
         self._seconds = 0.0
-        self._curve: list[Point] = []
+        self._curve: list[LossPoint] = []
         self._new_losses: list[float] = []
         self._lengths: list[float] = []
 
@@ -146,7 +137,7 @@ class HeadTrainer:
         torch.set_rng_state(state["random"].cpu())
         for name in ("step", "seconds", "num_skipped", "num_skipped_in_a_row"):
             setattr(self, f"_{name}", state[name])
-        self._curve = [Point(*point) for point in state["curve"]]
+        self._curve = [LossPoint(*point) for point in state["curve"]]
         self._new_losses, self._lengths = list(state["new_losses"]), list(state["lengths"])
         return True
 
@@ -170,13 +161,9 @@ class HeadTrainer:
         return Finished(self._step, self._num_skipped, is_plateau, tuple(self._curve))
 
     def save(self) -> None:
-        """Writes the checkpoint so that a reader sees the old one or the new one, never a part."""
-        if self._checkpoint is None:
-            return
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._checkpoint.with_suffix(".partial")
-        torch.save(self._state(), partial)
-        partial.replace(self._checkpoint)
+        """Writes the checkpoint, if there is to be one."""
+        if self._checkpoint is not None:
+            write_state(self._state(), self._checkpoint)
 
     def _take_step(self) -> None:
         for group in self._optimizer.param_groups:
@@ -218,7 +205,7 @@ class HeadTrainer:
     def _note_loss(self) -> None:
         if self._new_losses:
             mean = math.fsum(self._new_losses) / len(self._new_losses)
-            self._curve.append(Point(self._step, mean, self._seconds))
+            self._curve.append(LossPoint(self._step, mean, self._seconds))
             self._new_losses = []
 
     def _is_plateau(self) -> bool:
@@ -247,16 +234,8 @@ class HeadTrainer:
 
     @contextmanager
     def _shown(self) -> Iterator[Callable[[], None]]:
-        """A progress bar on stderr, if that is a terminal."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        """A progress bar with the last loss."""
+        with progress_bar(TextColumn("loss {task.fields[loss]}")) as progress:
             task = progress.add_task(
                 "training", total=self._config.num_steps, completed=self._step, loss="-"
             )
