@@ -63,6 +63,10 @@ def draft(
     concurrency: Annotated[
         int, typer.Option(help="Requests at a time that the speed-up is projected for.")
     ] = 1,
+    served_prompts: Annotated[
+        int,
+        typer.Option(help="Held-out prompts that the engine answers with it at the end; 0: none."),
+    ] = 24,
     patience: Annotated[
         int, typer.Option(help="Evaluations without progress that end training; 0 for none.")
     ] = 5,
@@ -96,6 +100,7 @@ def draft(
         rate=rate,
         promote=promote,
         concurrency=concurrency,
+        served_prompts=served_prompts,
         patience=patience,
         resume=resume,
         seed=seed,

@@ -83,6 +83,8 @@ def _of_choices(spec: HeadSpec) -> Iterator[Switch]:
             yield from _others(now, name, ("none", now.input_norm))
         else:
             yield from _others(now, name, CHOICES[name])
+    if family is Family.EAGLE3 and not spec.widths.num_features:  # it reads the last state alone
+        yield from _others(now, "input_state", CHOICES["input_state"])
     if family in WITH_ROPE:
         yield from _others(now, "rope_style", CHOICES["rope_style"])
     if family in OWN_ROPE:

@@ -48,7 +48,7 @@ def test_every_option_arrives(tmp_path, monkeypatch):
         "--draft-vocab", 13, "--feature-layers", "1,2", "--loss", "tv", "--layout", "eagle",
         "--window", 14, "--tokens-per-step", 15, "--rate", 0.1, "--promote", "p",
         "--concurrency", 16, "--patience", 0, "--resume", "--seed", 17, "--device", "cpu",
-        "--dtype", "float32",
+        "--dtype", "float32", "--served-prompts", 18,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     (given,) = asked

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from outrider.errors import ConfigError, OutriderError, PairError
-from outrider.train.heads import session
+from outrider.train.heads import run, session
 from outrider.train.heads.incumbent import load_incumbent
 from outrider.train.heads.serving import tally_served
 from outrider.train.heads.session import train_draft
@@ -110,12 +110,12 @@ def test_no_head_beats_a_draft_that_always_stands(target, data, tmp_path):
 
 def test_a_head_that_always_stands_beats_a_random_one(target, data, tmp_path, monkeypatch):
     in_use, out = eagle1(tmp_path / "use", target), tmp_path / "out"
-    tally = session.tally_served
+    tally = run.tally_served
 
     def with_a_copy(name, folder, *args, **options):
         return tally(name, target if folder == out else folder, *args, **options)
 
-    monkeypatch.setattr(session, "tally_served", with_a_copy)
+    monkeypatch.setattr(run, "tally_served", with_a_copy)
     assert train_draft(small_run(target, data, out, promote=in_use)).promotion.is_better
     assert json.loads((in_use / "config.json").read_text())["speculators_model_type"] == "eagle3"
     assert (tmp_path / "use.previous" / "pytorch_model.bin").exists()

@@ -101,7 +101,16 @@ def test_rows_of_every_layout_are_read(tokenizer, tmp_path, suffix):
 def test_a_text_file_is_one_document(tokenizer, tmp_path):
     path = tmp_path / "words.txt"
     path.write_text(WORDS)
-    assert read_texts([path], tokenizer) == [plain(str(path), WORDS, tokenizer)]
+    whole = plain(str(path), WORDS, tokenizer)._replace(domain="words")
+    assert read_texts([path], tokenizer) == [whole]
+
+
+def test_a_row_says_its_domain_or_its_file_does(tokenizer, tmp_path):
+    path = tmp_path / "notes.jsonl"
+    rows = [{"domain": "code"}, {"category": "math"}, {"domain": 7}, {}]
+    path.write_text("\n".join(json.dumps({"text": WORDS, **row}) for row in rows))
+    domains = [text.domain for text in read_texts([path], tokenizer)]
+    assert domains == ["code", "math", "notes", "notes"]
 
 
 @pytest.mark.parametrize(

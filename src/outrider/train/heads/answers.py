@@ -86,7 +86,7 @@ def _with_answer(piece: Piece, answer: list[int]) -> Piece:
     text = piece.text
     prompt = _prompt(text)
     is_learned = [False] * len(prompt) + [True] * len(answer)
-    whole = Text(text.name, prompt + answer, is_learned, len(prompt))
+    whole = Text(text.name, prompt + answer, is_learned, len(prompt), text.domain)
     return Piece(whole, piece.unit, digest_of(whole.tokens))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from outrider import __version__
 from outrider.train.heads.acceptance import COPY, HEAD, NGRAM, Scores
+from outrider.train.heads.by_domain import ByDomain, served_table, served_told
 from outrider.train.heads.settings import DraftTraining
+from outrider.train.heads.tables import rate, table
 from outrider.train.heads.trainer import Finished
 
 MANY_LOOPS = 0.1
@@ -20,7 +22,7 @@ sampling at temperature 1 keeps a token, sum min(p, q). *Greedy*: both laws have
 token. Rates by depth are joint: all drafts so far stand. The acceptance length is 1 plus their sum,
 the tokens that one pass of the target yields. Baselines need no training: `{copy}` guesses the last
 token again and again, `{ngram}` what followed the latest earlier occurrence of the last 3, 2 or 1
-tokens. No engine took part; the text was {origin}."""
+tokens. The text was {origin}."""
 
 _LOOPS = """\
 **{share:.0%} of these positions lie in text that repeats itself.** There any draft stands, and the
@@ -39,7 +41,7 @@ def acceptance_table(scores: Scores) -> str:
     rows = []
     for name in (HEAD, NGRAM, COPY):
         drawn, greedy = scores.rates(name), scores.rates(name, greedy=True)
-        joint = [_rate(rate) for rate in drawn.joint]
+        joint = [rate(value) for value in drawn.joint]
         rows.append([name, *joint, f"{drawn.length:.2f}", f"{greedy.length:.2f}"])
     head = ["drafter", *depths, "length, drawn", "length, greedy"]
     return table(head, rows)
@@ -50,13 +52,8 @@ def conditional_table(scores: Scores) -> str:
     rows = []
     for name, greedy in (("drawn", False), ("greedy", True)):
         rates = scores.rates(greedy=greedy)
-        rows.append([name, *(_rate(rate) for rate in rates.conditional)])
+        rows.append([name, *map(rate, rates.conditional)])
     return table(["conditional", *map(str, range(1, len(rows[0])))], rows)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def facts(
@@ -78,8 +75,8 @@ def facts(
         "acceptance": {
             "num_positions": scores.num_rows,
             "loop_share": round(scores.loop_share, 4),
-            "drawn_joint": [round(rate, 4) for rate in drawn.joint],
-            "greedy_joint": [round(rate, 4) for rate in greedy.joint],
+            "drawn_joint": [round(value, 4) for value in drawn.joint],
+            "greedy_joint": [round(value, 4) for value in greedy.joint],
         },
         **more,
     }
@@ -93,12 +90,14 @@ def write_card(
     *,
     facts: Sequence[tuple[str, str]],
     notes: Sequence[str] = (),
+    served: ByDomain | None = None,
 ) -> None:
     """Writes README.md.
 
     Args:
         facts: further rows of the table on training.
         notes: sentences for the end of the results.
+        served: what an engine did with it.
     """
     origin = "written by the target itself" if settings.on_policy else "given, not the target's own"
     how = _HOW.format(num_rows=scores.num_rows, copy=COPY, ngram=NGRAM, origin=origin)
@@ -113,6 +112,7 @@ def write_card(
         *([_LOOPS.format(share=scores.loop_share)] if scores.loop_share > MANY_LOOPS else []),
         how,
         *notes,
+        *(["## In the engine", served_table(served), served_told(served)] if served else []),
         "## Limits",
         _LIMITS.format(window=settings.window),
     ]
@@ -134,7 +134,3 @@ def _training(settings: DraftTraining, finished: Finished) -> list[tuple[str, st
         ("seed", f"{settings.seed}"),
         ("time", f"{seconds / 60:.1f} minutes of steps ({packages})"),
     ]
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:.3f}"

@@ -23,3 +23,11 @@ def write_sidecar(folder: Path, conventions: Mapping[str, Any], about: Mapping[s
 def to_store(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights on the CPU in the dtype they are stored in."""
     return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def add_to_sidecar(folder: Path, name: str, value: object) -> None:
+    """One more fact beside those that were written with the weights."""
+    path = folder / SIDECAR
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["training"][name] = value
+    write_json(path, values)

@@ -234,7 +234,7 @@ def _part(text: Text, number: int, start: int, stop: int) -> Text:
     tokens, marks = text.tokens[start:stop], text.is_learned[start:stop]
     is_all = all(text.is_learned)
     num_prompt = min(PROMPT_OF_TEXT, len(tokens) // 2) if is_all else text.num_prompt - start
-    return Text(f"{text.name}#{number}", tokens, marks, num_prompt)
+    return Text(f"{text.name}#{number}", tokens, marks, num_prompt, text.domain)
 
 
 def _asks(text: Text) -> bool:

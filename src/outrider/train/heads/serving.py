@@ -63,7 +63,7 @@ def measure_served(
     asked = {"num_draft_tokens": num_draft_tokens, "width": 1, **(speculation or {})}
     drafted = llm.generate(list(prompts), sampling, asked)
     plain = llm.generate(list(prompts), sampling, "off")
-    return _counted(drafted, plain, num_draft_tokens)
+    return counted(drafted, plain, num_draft_tokens)
 
 
 def tally_served(
@@ -108,7 +108,7 @@ def _going_on(piece: Piece, seed: int) -> SamplingParams:
     return SamplingParams(temperature=1.0, max_tokens=room, ignore_eos=True, seed=seed)
 
 
-def _counted(
+def counted(
     drafted: Sequence[RequestOutput], plain: Sequence[RequestOutput], num_depths: int
 ) -> Served:
     counts = [0] * (num_depths + 1)

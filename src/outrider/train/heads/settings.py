@@ -33,6 +33,8 @@ class DraftTraining:
         on_policy: the target writes the answers that are learned from, at `temperature`.
         num_answers, answer_tokens: how many, and how long at most.
         promote: folder of the head in use, replaced if the new one is surely better.
+        served_prompts: held-out prompts that the engine answers with the draft at the end; 0 leaves
+            that out.
         concurrency: requests at a time that the speed-up is projected for.
         patience: evaluations without progress after which training stops; 0 never stops.
         device: "auto" is a GPU if there is one. dtype: of the target, as `load_network` has it.
@@ -58,6 +60,7 @@ class DraftTraining:
     num_answers: int = 512
     answer_tokens: int = 256
     promote: Path | None = None
+    served_prompts: int = 24
     concurrency: int = 1
     patience: int = 5
     resume: bool = False
@@ -76,10 +79,9 @@ class DraftTraining:
                 f"window={self.window} is longer than tokens_per_step={self.tokens_per_step}: "
                 "lower it, or raise tokens_per_step"
             )
-        if self.patience < 0 or self.temperature < 0.0:
-            raise ConfigError(
-                f"patience={self.patience}, temperature={self.temperature}: must not be negative"
-            )
+        for name in ("patience", "temperature", "served_prompts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
         if self.rate is not None and not self.rate > 0.0:
             raise ConfigError(f"rate={self.rate}: must be positive")
         if not self.data:

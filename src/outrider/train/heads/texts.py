@@ -25,6 +25,9 @@ PAIRS = (
 QUESTIONS = ("prompt", "question", "instruction", "turns")  # alone: answers are to be written
 
 
+DOMAINS = ("domain", "category")
+
+
 class Text(NamedTuple):
     """One document, or a piece of one.
 
@@ -32,12 +35,14 @@ class Text(NamedTuple):
         name: unique among the texts of a run.
         is_learned: per token, whether the law that yields it is learned.
         num_prompt: tokens that come before the answer, for who writes another one.
+        domain: what it is about, as its row says; else the name of its file.
     """
 
     name: str
     tokens: list[int]
     is_learned: list[bool]
     num_prompt: int
+    domain: str = ""
 
 
 def read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Text]:
@@ -137,10 +142,11 @@ def _read(path: Path, tokenizer: Tokenizer) -> Iterator[Text]:
         raise ConfigError(f"{str(path)!r} is no UTF-8 text: leave it out") from error
     if path.suffix not in ROWS:
         if raw.strip():
-            yield plain(str(path), raw, tokenizer)
+            yield plain(str(path), raw, tokenizer)._replace(domain=path.stem)
         return
     for number, row in enumerate(_rows(path, raw), 1):
-        yield _row(f"{path}:{number}", row, tokenizer)
+        text = _row(f"{path}:{number}", row, tokenizer)
+        yield text._replace(domain=_domain(row) or path.stem)
 
 
 def _rows(path: Path, raw: str) -> list[Any]:
@@ -167,6 +173,11 @@ def _row(name: str, row: Any, tokenizer: Tokenizer) -> Text:
         f"{name}: found {sorted(map(str, row))}, need 'messages', 'conversations', {known}, "
         "or 'text'"
     )
+
+
+def _domain(row: Mapping[str, Any]) -> str:
+    found = (row[name] for name in DOMAINS if isinstance(row.get(name), str))
+    return next(found, "")
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
