@@ -41,16 +41,17 @@ def main() -> None:
         args.json.write_text(json.dumps({"provenance": facts, "tables": tables}, indent=2) + "\n")
 
 
-def _arms(llm: LLM, k: int) -> list[Arm]:
-    """Chains of K from everybody, and trees where a head drafts them."""
+def _arms(llm: LLM, depths: list[int]) -> list[Arm]:
+    """Chains of each K from everybody, and trees of the last where a head drafts them."""
     names = llm.engine.drafters.names()
     settings: dict[str, Mapping[str, Any]] = {
         "last token again": {"method": "ngram", **LAST["ngram"]}
     }
     settings["ngram"] = {"method": "ngram"}
     for name in ("draft_model", "eagle", "mtp", "block", "medusa", "kv_draft"):
-        if name in names:
+        for k in depths if name in names else ():
             settings[f"{name}, K={k}"] = {"method": name, "num_draft_tokens": k, "width": 1}
+    k = depths[-1]
     for name in TREES:
         if name in names:
             tree = {"num_draft_tokens": k, "width": 3, "num_nodes": 3 * k}
@@ -125,7 +126,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--draft-model", default="demo-draft")
     parser.add_argument("--heads", nargs="+", required=True)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--k", type=int, nargs="+", default=[4])
     parser.add_argument("--prompts", default="outrider")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--budget-s", type=float, default=90.0, help="seconds per temperature")

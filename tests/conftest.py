@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,17 @@ def _fixed_seeds() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_prices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine learned of prices is not read, nor written; kernels are shared."""
+    from outrider.engine import calibrate
+
+    folder = tmp_path_factory.mktemp("prices")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

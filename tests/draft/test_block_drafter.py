@@ -515,6 +515,39 @@ def test_without_an_estimate_it_is_the_largest_probability(target, finish, sampl
         assert told == pytest.approx(float(peak), rel=1e-4)
 
 
+@pytest.mark.parametrize("stop", [None, RULE], ids=["whole", "stopped"])
+@pytest.mark.parametrize("confidence", ["none", "state-and-token"])
+@pytest.mark.parametrize("finish", FINISHES[1:])
+def test_argmax_chains_ask_the_device_once(target, monkeypatch, finish, confidence, stop):
+    """Several at once, one of which meets logits that are no numbers; as if round after round."""
+    used = engine(target, the_head(finish=finish, confidence=confidence, ids=IDS))
+    drafter, network = used.drafters["block"], used.drafters["block"].network
+    seqs = standing(used, requests(GREEDY, asks("greedy"), 4), 4).values()
+    rows, plan = [Row(seq, 1, 5) for seq in seqs], [RowPlan("block", 5, 1, 5, stop) for _ in seqs]
+    plan[1] = plan[1]._replace(depth=3)
+    run_block = drafter._run_block
+
+    def broken(drafts, depth):
+        states_RD, logits_RU = run_block(drafts, depth)
+        broken_RU = logits_RU.clone()
+        broken_RU[2 * depth + 1] = float("nan")
+        return BlockOutput(states_RD, broken_RU)
+
+    drafter._run_block = broken
+    argmax, num_asked = network.ops.argmax, []
+    monkeypatch.setattr(network.ops, "argmax", lambda x: num_asked.append(1) or argmax(x))
+    trees = drafter.draft(rows, plan)
+    assert not num_asked
+    monkeypatch.setattr(drafter, "_follow_argmax", lambda *parts: None)
+    expected = drafter.draft(rows, plan)
+    assert num_asked
+    assert [tree.tokens for tree in trees] == [tree.tokens for tree in expected]
+    assert len(trees[2]) == 1
+    for tree, other in zip(trees, expected, strict=True):
+        assert tree.confidence == pytest.approx(other.confidence, abs=1e-6)
+        assert len(tree.confidence) == (0 if stop is None else len(tree))
+
+
 def test_nothing_is_drafted_while_features_are_missing(target, monkeypatch):
     """As where a prefix of the target is cached that was run without the head, and is too long."""
     monkeypatch.setattr("outrider.draft.head_drafter.MAX_RERUN", 0)
@@ -551,6 +584,28 @@ def test_a_short_way_back_is_gone_for_features(target):
     while used.has_work():
         used.step()
     assert drafter.num_cold_starts == 0
+
+
+@pytest.mark.parametrize("length", [30, 60])
+def test_who_outgrows_the_head_is_neither_read_nor_drafted_for(target, length):
+    """A text of 64 tokens with a head of 40 positions; a prefix is not run again for it either."""
+    head = the_head(max_positions=40)
+    used = engine(target, head, Steered)
+    sampling = replace(GREEDY, max_tokens=34)
+    asked = request("r", asks(), sampling, length=length)
+    plain = run(tiny_engine(target=target, draft_seed=None), [replace(asked, speculation=OFF)])
+    drafter = used.drafters["block"]
+    num_read, read = [], drafter.rows._read
+    drafter.rows._read = lambda tapped: num_read.append(tapped.shape[1]) or read(tapped)
+    assert run(used, [asked]) == plain
+    assert all(len(tokens) <= 40 for tokens, _, _ in drafter.made)
+    assert bool(drafter.made) == (length < 40)
+    assert sum(num_read) <= 39
+    assert drafter.manager.num_used == 0
+    again = replace(asked, id="again", prompt_token_ids=asked.prompt_token_ids[:1] * 50)
+    used.add(again)
+    (seq,) = used.scheduler.waiting()
+    assert drafter.first_missing(seq) is None
 
 
 def test_a_snapshot_is_the_whole_context(target):

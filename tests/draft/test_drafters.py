@@ -1,5 +1,7 @@
 """Drafters: each row goes to the drafter its plan names, and nobody does what is not theirs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,6 +104,24 @@ def test_only_the_chosen_drafter_opens_and_closes_a_sequence():
     assert (two.opened, two.closed) == ([], [])
 
 
+def test_who_reads_states_is_left_alone_where_nothing_can_be_drafted():
+    """A drafter that learns from tokens learns on; states would be handed out for nothing."""
+    reads, learns = naming("reads"), naming("learns")
+    reads.boundaries = (0, 2)
+    drafters = Drafters([reads, learns])
+    off, on = sequence("a", "learns"), sequence("b", "reads")
+    off.speculation = replace(off.speculation, parts=("reads",), policy="off")
+    drafters.open(off)
+    assert (reads.opened, learns.opened, drafters.taps()) == ([], ["a"], ())
+    drafters.open(on)
+    assert drafters.taps() == (0, 2)
+    drafters.observe([Commit(seq=off, tokens=(4,)), Commit(seq=on, tokens=(5,))], NOTHING)
+    drafters.close(on)
+    drafters.close(off)
+    assert (reads.opened, reads.closed, learns.closed) == (["b"], ["b"], ["a"])
+    assert drafters.taps() == ()
+
+
 def test_names():
     drafters = Drafters([naming("one"), naming("two")])
     assert drafters.names() == ["one", "two"]
@@ -135,3 +155,13 @@ def test_a_drafter_that_needs_what_nobody_hands_out_is_refused():
     drafter.needs = ("hidden states",)
     with pytest.raises(ConfigError, match="'scripted' needs 'hidden states', which this version"):
         Drafters([drafter])
+
+
+def test_a_head_that_waits_for_states_has_not_been_tried():
+    """Its price would be that of doing nothing; one that looks and finds nothing has worked."""
+    head = ScriptedDrafter(lambda seq, plan: EMPTY_TREE, name="head")
+    head.boundaries = (2,)
+    drafters = Drafters([head, ScriptedDrafter(lambda seq, plan: EMPTY_TREE, name="search")])
+    plan = [RowPlan("head", 3, 1, 3), RowPlan("search", 3, 1, 3), RowPlan("head", 3, 1, 3)]
+    trees = [EMPTY_TREE, EMPTY_TREE, DraftTree.chain([1], "head")]
+    assert drafters.followed(plan, trees) == [RowPlan(), plan[1], plan[2]]

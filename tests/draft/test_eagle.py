@@ -49,7 +49,7 @@ class Told(EagleDrafter):
         self.num_rows = 0
 
     def run_pass(self, pieces, depth):
-        for table, num_cached, chain, tree, inputs, _ in pieces:
+        for table, num_cached, chain, tree, inputs, *_ in pieces:
             num_rows = len(chain) + len(tree)
             assert len(inputs) == num_rows
             self.num_rows += num_rows

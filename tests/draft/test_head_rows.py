@@ -5,7 +5,7 @@ import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
-from outrider.draft.head_rows import HeadRows
+from outrider.draft.head_rows import FromSecond, HeadRows
 from outrider.request import Request, SamplingParams
 from outrider.sequence import Sequence
 from outrider.step import Commit, States, TargetOutput
@@ -154,6 +154,40 @@ def test_rows_of_full_blocks_are_found_by_the_same_tokens_only():
     assert rows.num_known(sequence(same, tenant="b")) == 0
     heir = sequence(same)
     assert held(rows, rows.state(heir)) == (list(range(11, 19)), list(range(8)))
+
+
+class Log(list):
+    """Counts the tokens that are copied out of it."""
+
+    num_copied = 0
+
+    def __getitem__(self, at):
+        found = super().__getitem__(at)
+        Log.num_copied += len(found) if isinstance(at, slice) else 0
+        return found
+
+
+def test_what_is_published_costs_what_is_new_of_it():
+    rows = rows_of(num_blocks=64)
+    seq, state = fed(rows, range(200))
+    seq.tokens = Log(seq.tokens)
+    run_due(rows, seq, state)
+    Log.num_copied = 0
+    for at in range(199, 207):
+        seq.tokens.append(at)
+        rows.publish(seq, state)
+    assert Log.num_copied == 0
+    observe(rows, [Commit(seq)], position_states([199], [7]))
+    run_due(rows, seq, state)
+    assert len(rows.manager.tree) == 206 // SIZE
+    assert Log.num_copied <= 7 + 2 * SIZE
+
+
+def test_a_log_without_its_first_token():
+    tokens = FromSecond([5, 6, 7, 8])
+    assert (len(tokens), list(tokens), tokens[0], tokens[-1]) == (3, [6, 7, 8], 6, 8)
+    assert (tokens[0:2], tokens[1:9], tokens[2:2]) == ([6, 7], [7, 8], [])
+    assert (len(FromSecond([])), list(FromSecond([3]))) == (0, [])
 
 
 def test_rows_behind_a_gap_are_not_found():

@@ -15,7 +15,7 @@ from outrider.models.heads.kv_network import KVNetwork, KVRunner
 from outrider.models.heads.spec import Head
 from outrider.request import SamplingParams, SpeculationParams
 from outrider.step import Row, RowPlan
-from outrider.testing import ScriptedDrafter, check_drafter, checks, junk_tree, run
+from outrider.testing import ScriptedDrafter, check_drafter, junk_tree, run
 from outrider.testing.tiny import ByteTokenizer, tiny_decoder, tiny_engine
 from tests.draft import draft_models
 from tests.draft.draft_models import kv, pooled, prefilled
@@ -376,22 +376,6 @@ def drafted(engine, seq, depth):
     return tree
 
 
-@pytest.fixture
-def heirs_have_the_kv(monkeypatch):
-    """Whoever takes over a sequence that reads the target's KV has that KV."""
-
-    def with_kv(trial, drafter, sequences):
-        for heir in heirs(trial, drafter, sequences):
-            pool = heir.engine.runner.pool
-            for mine, theirs in zip(pool.layers, drafter.runner.pool.layers, strict=True):
-                mine.keys.copy_(theirs.keys)
-                mine.values.copy_(theirs.values)
-            yield heir
-
-    heirs = checks._heirs
-    monkeypatch.setattr(checks, "_heirs", with_kv)
-
-
 def slow_but_the_first(variants):
     first, *others = variants.items()
     marked = [pytest.param(value, id=name, marks=pytest.mark.slow) for name, value in others]
@@ -399,7 +383,7 @@ def slow_but_the_first(variants):
 
 
 @pytest.mark.parametrize("options", slow_but_the_first(VARIANTS))
-def test_it_is_a_drafter(options, heirs_have_the_kv):
+def test_it_is_a_drafter(options):
     target = tiny_decoder()
 
     class Made(KVDrafter):

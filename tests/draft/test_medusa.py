@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from outrider.draft import feeding
 from outrider.draft.base import ModelParts, Surroundings
 from outrider.draft.drawing import draft_law
 from outrider.draft.feeding import make_ranker
@@ -379,6 +380,37 @@ def test_penalties_shape_trees_along_their_paths(target, fitted):
             laws_KV = logits_after(used, log)[: plan.depth].softmax(dim=1)
             differ += paths(tree) != best_paths(laws_KV, plan.width, plan.num_nodes)
     assert differ > 10
+
+
+@pytest.mark.parametrize(
+    ("method", "num_laws", "num_argmax"),
+    [("greedy", 0, 1), ("coupled", 1, 0), ("probabilistic", 1, 0)],
+)
+def test_nothing_is_made_that_no_draft_is_made_of(
+    target, fitted, monkeypatch, method, num_laws, num_argmax
+):
+    """Laws of all depths in one go, or argmax tokens that a temperature cannot change."""
+    used = engine(target, fitted)
+    used.add(request("r", asks(method=method), KINDS["sampled"]))
+    for _ in range(4):
+        used.step()
+    (seq,) = used.scheduler.running
+    plan = RowPlan("medusa", K, 1, K)
+    expected = by_laws(used, seq, plan)
+    made, network = {"laws": 0, "argmax": 0}, drafter_of(used).network
+
+    def counted(kind, plain):
+        def call(*parts):
+            made[kind] += 1
+            return plain(*parts)
+
+        return call
+
+    monkeypatch.setattr(feeding, "laws_together", counted("laws", feeding.laws_together))
+    monkeypatch.setattr(network.ops, "argmax", counted("argmax", network.ops.argmax))
+    tree = drafted(used, seq, plan)
+    assert (tree.tokens, tree.parents) == (expected.tokens, expected.parents)
+    assert (made["laws"], made["argmax"]) == (num_laws, num_argmax)
 
 
 def test_a_step_is_one_pass_of_the_heads_that_are_wanted(target, fitted):

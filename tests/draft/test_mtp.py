@@ -272,6 +272,26 @@ def test_a_later_request_finds_the_rows_of_a_shared_prefix(tmp_path, num_modules
     assert drafter.num_cold_starts == 0
 
 
+def test_who_begins_behind_a_gap_is_told_so(tmp_path):
+    """As where a prefix of the target is cached and nobody may run it again."""
+    engine = engine_of(
+        Decoder(DecoderConfig.from_dict(TARGET_CONFIG), random_target(), choose()),
+        head_of(tmp_path, 3),
+    )
+    drafter = engine.drafters["mtp"]
+    drafter._target_manager = None
+    passes, run_pass = [], drafter.run_pass
+    drafter.run_pass = lambda pieces, depth: passes.append(pieces) or run_pass(pieces, depth)
+    asked = replace(requests(K3)[0], prompt_token_ids=tuple(range(5, 30)))
+    plain = run(engine, [replace(asked, speculation=OFF)])
+    fresh = replace(asked, id="fresh", prompt_token_ids=(9, *asked.prompt_token_ids[1:]))
+    assert served(engine, [asked, fresh])["r0", 0] == plain["r0", 0]
+    first = [piece for pieces in passes for piece in pieces if piece.num_cached == 0]
+    assert {piece.is_behind_gap for piece in first} == {True, False}
+    steps = {piece.num_drafted for pieces in passes for piece in pieces}
+    assert steps == {0, 1, 2}
+
+
 def test_how_far_ahead_where_nobody_says(tmp_path):
     target = Decoder(DecoderConfig.from_dict(TARGET_CONFIG), random_target(), choose())
     assert engine_of(target, head_of(tmp_path / "1", 1)).drafters["mtp"].default_draft_tokens == 2

@@ -46,6 +46,18 @@ def test_a_product_tree_is_the_best_first_tree(num_nodes, width, has_noise):
         assert paths(fast.tree("")) == found
 
 
+def test_noise_of_a_depth_is_made_once():
+    """However many nodes ask for it, some of which no token can follow."""
+    generator, asked = torch.Generator().manual_seed(3), []
+    laws = (torch.randn(4, 9, 30, generator=generator).double() * 2).softmax(2)
+    noises = torch.randn(4, 30, generator=generator).double()
+    tree = BestFirst(3, 4, 9, lambda level, size: asked.append(level) or noises[level, :size])
+    while nodes := tree.wanted():
+        tree.take([None if node == 1 else laws[tree.level, i] for i, node in enumerate(nodes)])
+    assert asked == [0, 1, 2, 3]
+    assert len(tree.tree("")) == 9
+
+
 def test_a_product_tree_ends_where_no_token_can_follow():
     tree = ProductTree(3, 4, 20)
     tree.take([torch.tensor([0.5, 0.0, 0.5])])

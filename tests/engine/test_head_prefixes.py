@@ -1,6 +1,7 @@
 """Requests that share a prefix find the rows of a head, whoever ran the prefix first."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,79 @@ def test_completions_that_are_not_drafted_for_at_first_have_all_rows(
     close = drafter.close
     drafter.close = lambda seq: (seen.append(seq.drafter_state["eagle"].num_skipped), close(seq))
     sampling = SamplingParams(max_tokens=12, temperature=1.0, seed=1, n=3, ignore_eos=True)
-    llm.generate([shared(60)], sampling, SpeculationParams(method="eagle", policy="off"))
+    rare = SpeculationParams(method="eagle", policy="table", policy_options={"table": "9-:2"})
+    llm.generate([shared(60)], sampling, rare)
     assert seen == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_completions_begin_warm_though_the_first_one_ended_at_once(
+    name: str, target: Path, tmp_path: Path
+) -> None:
+    """All rows of its prompt are theirs, those of its last block too, cached prefixes or not."""
+    plain = LLM(str(target), load_tokenizer=False)
+    sampling = SamplingParams(max_tokens=10, temperature=1.0, seed=4, n=3, ignore_eos=True)
+    (whole,) = plain.generate([shared(60)], sampling, "off")
+    first = whole.completions[0].token_ids[0]
+    assert all(first not in other.token_ids for other in whole.completions[1:])
+    ending = replace(sampling, stop_token_ids=[first])
+    for caches in (True, False):
+        llm = served(name, target, tmp_path, enable_prefix_caching=caches)
+        drafter = llm.engine.drafters[llm.engine.default_drafter]
+        skipped, close = {}, drafter.close
+        drafter.close = lambda seq, skipped=skipped, drafter=drafter, close=close: (
+            skipped.update({seq.index: seq.drafter_state[drafter.name].num_skipped}),
+            close(seq),
+        )
+        (answer,) = llm.generate([shared(60)], ending, FIXED)
+        assert [c.token_ids for c in answer.completions[1:]] == [
+            c.token_ids for c in whole.completions[1:]
+        ]
+        assert len(answer.completions[0].token_ids) == 1
+        assert skipped == {0: 0, 1: 0, 2: 0}
+        assert drafter.num_cold_starts == 0
+        assert drafter.manager.num_used == 0
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        SpeculationParams(method="off"),
+        SpeculationParams(method="eagle", num_draft_tokens=0),
+        SpeculationParams(method="eagle", policy="off"),
+    ],
+    ids=["off", "K = 0", "policy off"],
+)
+def test_who_can_never_be_drafted_for_costs_no_states(
+    asked: SpeculationParams, target: Path, tmp_path: Path
+) -> None:
+    llm = served("eagle3", target, tmp_path)
+    taps = []
+    forward = llm.engine.runner.forward
+    llm.engine.runner.forward = lambda *parts: taps.append(parts[2]) or forward(*parts)
+    plain = llm.generate([shared(20)], GREEDY, asked)
+    assert set(taps) == {()}
+    assert llm.engine.drafters["eagle"].manager.hits == 0
+    both = llm.generate([shared(20), shared(20)], GREEDY, [asked, FIXED])
+    assert any(taps)
+    assert [output.token_ids for output in both] == [plain[0].token_ids] * 2
+
+
+def test_a_request_may_insist_on_the_head(target: Path, tmp_path: Path) -> None:
+    head = str(FAMILIES["eagle3"][1](tmp_path / "head"))
+    asked = {"method": "eagle", "model": head}
+    llm = LLM(str(target), heads=[head], speculation=asked, load_tokenizer=False)
+    assert llm.generate([[1, 2, 3]], GREEDY)[0].token_ids
+    assert LLM(str(target), draft_model=head, speculation=asked, load_tokenizer=False).engine
+    for method in ("eagle", None):
+        with pytest.raises(RequestError) as error:
+            llm.generate([[1, 2, 3]], GREEDY, {"method": method, "model": "other"})
+        told = str(error.value)
+        assert told.startswith(f"model='other': 'eagle' runs the head {head!r} here; drop the key")
+        assert told.endswith("load that head with heads=... or draft_model=...")
+    with pytest.raises(RequestError) as error:
+        LLM(str(target), speculation=asked, load_tokenizer=False)
+    assert f"no such head is loaded; give the engine heads={[head]!r}" in str(error.value)
 
 
 def test_what_a_head_cannot_honour_is_refused(target: Path, tmp_path: Path) -> None:

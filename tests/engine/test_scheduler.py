@@ -1,5 +1,6 @@
 """Scheduler: who runs, with how many rows, and whose KV gives way."""
 
+import random
 from itertools import count
 
 import pytest
@@ -312,6 +313,65 @@ def test_everyone_finishes_however_small_the_pool():
             break
     assert sorted(finished) == [f"s{i}" for i in range(6)]
     assert target.manager.num_used == 0
+
+
+def test_whoever_waits_for_room_is_not_hashed_again_in_every_step(monkeypatch):
+    """Its prefix is cached, and hashed once; it is seated when blocks are given back."""
+    target = scheduler(num_blocks=16, caching=True, max_num_batched_tokens=80)
+    shared = [*range(100, 124)]
+    first = sequence("a", 0, prompt=[*shared, 1])
+    add(target, first)
+    step(target)
+    add(target, sequence("b", 14))
+    step(target)
+    add(target, sequence("c", 0, prompt=[*shared, *range(30)]))
+    asked, hash_below = [], target.manager.tree.hash_below
+    monkeypatch.setattr(
+        target.manager.tree, "hash_below", lambda *at: asked.append(at) or hash_below(*at)
+    )
+    assert set(shares(step(target))) == {"a", "b"}
+    assert len(asked) > 12
+    for _ in range(2):
+        asked.clear()
+        assert set(shares(target.schedule())) == {"a", "b"}
+        assert not asked
+    target.release(target.running[1])
+    assert set(shares(step(target))) == {"a", "c"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_who_is_refused_once_is_seated_no_later_for_it(seed, monkeypatch):
+    """Against a scheduler that asks in every step: prompts share prefixes, and are preempted."""
+    rng, told, refused, is_refused = random.Random(seed), [], [], Scheduler._is_refused
+    prompts = [
+        [
+            *range(4 * rng.randrange(6)),
+            *(rng.randrange(90, 99) for _ in range(rng.randrange(2, 30))),
+        ]
+        for _ in range(24)
+    ]
+
+    def noted(self, seq, budget):
+        refused.append(is_refused(self, seq, budget))
+        return refused[-1]
+
+    for asks_again in (lambda self, seq, budget: False, noted):
+        monkeypatch.setattr(Scheduler, "_is_refused", asks_again)
+        target = scheduler(num_blocks=20, caching=True)
+        waiting = [sequence(f"s{i}", 0, prompt=p, k=i % 3) for i, p in enumerate(prompts)]
+        lengths = {seq.id: len(seq.tokens) + 3 + 2 * (i % 9) for i, seq in enumerate(waiting)}
+        batches = []
+        while waiting or target.has_work():
+            add(target, *waiting[:2])
+            del waiting[:2]
+            batches.append(shares(step(target, num_accepted=1)))
+            for seq in list(target.running):
+                if len(seq.tokens) >= lengths[seq.id]:
+                    target.release(seq)
+                    seq.status = Status.FINISHED
+        told.append(batches)
+    assert told[0] == told[1]
+    assert sum(refused) > 10, sum(refused)
 
 
 def test_a_fork_is_adopted_while_there_are_seats():

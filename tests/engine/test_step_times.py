@@ -7,8 +7,10 @@ import pytest
 from outrider.control.base import Step
 from outrider.control.controller import Controller
 from outrider.control.fixed import FixedPolicy
-from outrider.request import Request, SamplingParams
+from outrider.request import Request, SamplingParams, SpeculationParams
+from outrider.step import RowPlan
 from outrider.testing.tiny import tiny_engine
+from tests.draft.heads import kv_draft, loud_target
 
 
 class Clock:
@@ -72,3 +74,30 @@ def test_idle_time_belongs_to_nobody() -> None:
     ask(engine, "b", max_tokens=1)
     engine.step()
     assert [times.rest for times in watching.seen] == [0.0, 0.0]
+
+
+def test_a_head_is_not_said_to_draft_before_a_pass_has_shown_it_states() -> None:
+    """In the step that reads a prompt there is nothing for it: that is no price of a draft."""
+    plans: list[RowPlan] = []
+
+    class Noting(FixedPolicy):
+        def observe(self, step: Step) -> None:
+            plans.extend(step.plan)
+
+    target = loud_target()
+    engine = tiny_engine(
+        target=target,
+        draft_seed=None,
+        heads={"kv_draft": kv_draft(target)},
+        drafters=["kv_draft"],
+        default_drafter="kv_draft",
+        controller=Controller(64, [Noting()]),
+    )
+    speculation = SpeculationParams(num_draft_tokens=2, policy="fixed")
+    sampling = SamplingParams(max_tokens=6, ignore_eos=True)
+    prompt = (5, 6, 7)
+    engine.add(Request(id="a", prompt_token_ids=prompt, sampling=sampling, speculation=speculation))
+    while engine.has_work():
+        engine.step()
+    assert plans[0].num_nodes == 0
+    assert plans[1].num_nodes == 2

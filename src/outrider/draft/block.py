@@ -16,7 +16,7 @@ from torch import Tensor
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
 from outrider.draft.base import Surroundings
-from outrider.draft.block_course import Asked, PathGrower, SureLine
+from outrider.draft.block_course import Asked, PathGrower, Step, SureLine
 from outrider.draft.feeding import Fed, Grower, MarginalGrower, by_depth, feed
 from outrider.draft.growth import Line, plant
 from outrider.draft.head_drafter import HeadDrafter, find_head, find_target
@@ -157,11 +157,32 @@ class BlockDrafter(HeadDrafter):
         output = self._run_block(drafts, depth)
         begun = [(draft.grower, index * depth) for index, draft in enumerate(drafts)]
         if self.network.finish is None:
-            fed = [Fed(grower, first, depth) for grower, first in begun]
+            fed = [
+                Fed(grower, first, draft.depth)
+                for draft, (grower, first) in zip(drafts, begun, strict=True)
+            ]
             self._feed(fed, self.network.scatter(output.logits_RU))
         active = [(g, first) for g, first in begun if isinstance(g, PathGrower)]
+        self._follow_argmax([(g, first) for g, first in active if g.is_argmax], output, depth)
         while active := [(g, first) for g, first in active if not g.is_done]:
             self._round(active, output)
+
+    def _follow_argmax(
+        self, lines: list[tuple[PathGrower, int]], output: BlockOutput, depth: int
+    ) -> None:
+        """Chains of argmax tokens, all depths in one go: nothing is asked of the device between."""
+        if not lines:
+            return
+        told_3BK = self.network.follow(
+            output,
+            [first for _, first in lines],
+            [grower.seq.tokens[-1] for grower, _ in lines],
+            depth,
+            wants_peaks=any(grower.needs_peaks for grower, _ in lines),
+        )
+        for (grower, _), *told in zip(lines, *told_3BK.tolist(), strict=True):
+            tokens, sure, peaks = told
+            grower.follow([Step(int(t), s, p) for t, s, p in zip(tokens, sure, peaks, strict=True)])
 
     def _round(self, active: list[tuple[PathGrower, int]], output: BlockOutput) -> None:
         """One more depth of drafts whose laws depend on the token before."""
@@ -182,6 +203,7 @@ class BlockDrafter(HeadDrafter):
         self._feed(fed, told.logits_RV)
 
     def _feed(self, fed: list[Fed], logits_RV: Tensor) -> None:
-        argmax_R = self.network.ops.argmax(logits_RV)
+        is_asked = any(part.grower.is_argmax for part in fed)
+        argmax_R = self.network.ops.argmax(logits_RV) if is_asked else []
         firsts = [part.first for part in fed]
         feed(fed, TargetOutput(logits_RV, firsts, argmax_R), self.spec.vocab_size)

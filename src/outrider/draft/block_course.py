@@ -45,6 +45,18 @@ class Asked(NamedTuple):
     memory_M: Tensor
 
 
+class Step(NamedTuple):
+    """The next token of a chain, -1 where its logits are no numbers, and what is thought of it.
+
+    Attributes:
+        sure: by the head's own estimate. peak: largest probability of its law.
+    """
+
+    token: int
+    sure: float
+    peak: float
+
+
 class PathGrower(Grower):
     """Asks for laws anew after each token: row i of a round is that of the i-th node it wants.
 
@@ -77,6 +89,24 @@ class PathGrower(Grower):
         self._memory.update(zip(self._paths, memories, strict=True))
         if isinstance(self.growth, SureLine):
             (self.growth.sure,) = sure
+
+    @property
+    def is_argmax(self) -> bool:
+        return self._argmax is not None
+
+    def follow(self, steps: Items[Step]) -> None:
+        """Takes as many of them as it wants."""
+        line = self._argmax
+        assert line is not None
+        for token, sure, peak in steps:
+            if self.is_done:
+                return
+            if token < 0:
+                line.take([None])
+                return
+            if isinstance(line, SureLine):
+                line.sure = sure
+            line.add(token, peak)
 
     @property
     def needs_peaks(self) -> bool:

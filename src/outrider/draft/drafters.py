@@ -5,8 +5,9 @@ from collections.abc import Sequence as Items
 
 from outrider.draft.base import NEEDS, Drafter, MissesFeatures, ReadsStates
 from outrider.errors import ConfigError
+from outrider.request import OFF
 from outrider.sequence import Sequence
-from outrider.step import EMPTY_TREE, Batch, Commit, DraftTree, Plan, TargetOutput
+from outrider.step import EMPTY_TREE, Batch, Commit, DraftTree, Plan, RowPlan, TargetOutput
 
 
 class Drafters:
@@ -52,7 +53,7 @@ class Drafters:
         """
         found = [
             position
-            for name in _names(seq)
+            for name in self._asked_by(seq)
             if isinstance(drafter := self._by_name[name], MissesFeatures)
             and (position := drafter.first_missing(seq)) is not None
         ]
@@ -73,26 +74,43 @@ class Drafters:
                 trees[i] = tree
         return trees
 
+    def followed(self, plan: Plan, trees: Items[DraftTree]) -> Plan:
+        """What of a plan was tried: no drafter reads states that no pass has shown it yet."""
+        if not self._taps:
+            return plan
+        return [
+            RowPlan() if part.num_nodes and part.drafter in self._taps and not len(tree) else part
+            for part, tree in zip(plan, trees, strict=True)
+        ]
+
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
         for name, num_open in self._num_open.items():
             if num_open:
                 self._by_name[name].observe(commits, output)
 
     def open(self, seq: Sequence) -> None:
-        for name in _names(seq):
+        for name in self._asked_by(seq):
             self._num_open[name] += 1
             self._by_name[name].open(seq)
 
     def close(self, seq: Sequence) -> None:
-        for name in _names(seq):
+        for name in self._asked_by(seq):
             self._num_open[name] -= 1
             self._by_name[name].close(seq)
 
+    def _asked_by(self, seq: Sequence) -> Items[str]:
+        """Who drafts for a sequence: parts before the whole that composes them.
 
-def _names(seq: Sequence) -> tuple[str, ...]:
-    """Who drafts for a sequence: parts before the whole that composes them."""
-    spec = seq.speculation
-    return (*spec.parts, spec.drafter) if spec.drafter else ()
+        Where its policy never drafts, those that would learn from it all the same are left; who
+        reads states of the target would have each pass hand them out for nothing.
+        """
+        spec = seq.speculation
+        if not spec.drafter:
+            return ()
+        names = (*spec.parts, spec.drafter)
+        if spec.policy != OFF:
+            return names
+        return [name for name in names if name not in self._taps]
 
 
 def _check_needs(drafter: Drafter) -> None:

@@ -7,6 +7,7 @@ width of the widest tree.
 from collections.abc import Mapping, Sequence as Items
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,16 @@ class Grower:
     def ranks(self) -> ProductTree | None:
         """Its growth, if the likeliest tokens of each depth are all that it is made of."""
         return None
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it takes the laws of all its rows at once, which a temperature alone shapes."""
+        return False
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether it grows by argmax tokens."""
+        return False
 
     @property
     def needs_peaks(self) -> bool:
@@ -87,6 +98,17 @@ class MarginalGrower(Grower):
         if not isinstance(tree, ProductTree) or tree.noise is not None:
             return None
         return tree if self.shaper.is_only_scaled else None
+
+    @property
+    def takes_all(self) -> bool:
+        if self.is_argmax or not self.shaper.is_only_scaled or self._is_by_path:
+            return False
+        # A chain that may end early would have later laws made for nothing.
+        return not isinstance(self.growth, Line) or self.growth.stop is None
+
+    @property
+    def is_argmax(self) -> bool:
+        return self._line is not None
 
     @cached_property
     def _is_by_path(self) -> bool:
@@ -145,6 +167,10 @@ def feed(fed: list[Fed], output: TargetOutput, vocab_size: int) -> None:
     if ranked:
         _rank(ranked, output.logits_NV, vocab_size)
         fed = [part for part in fed if part.grower.ranks is None]
+    together = [part for part in fed if part.grower.takes_all]
+    if together:
+        _take_all(together, output.logits_NV, vocab_size)
+        fed = [part for part in fed if not part.grower.takes_all]
     peaks = _peaks(fed, output, vocab_size)
     asking = [
         (grower, first)
@@ -171,9 +197,14 @@ def is_by_path(seq: Sequence) -> bool:
 
 
 def argmax_line(seq: Sequence, growth: Growth) -> Line | None:
-    """The growth, if it is a chain of argmax tokens that no transform can change."""
-    is_argmax = isinstance(growth, Line) and growth.stream is None and seq.shaper.is_plain_greedy
-    return growth if is_argmax and isinstance(growth, Line) else None
+    """The growth, if it is a chain of argmax tokens that no transform can change.
+
+    A temperature changes none, but how likely they are.
+    """
+    if not isinstance(growth, Line) or growth.stream is not None:
+        return None
+    is_scaled = seq.shaper.is_only_scaled and growth.stop is None
+    return growth if is_scaled or seq.shaper.is_plain_greedy else None
 
 
 def needs_ranker(seq: Sequence, growth: Growth) -> bool:
@@ -223,6 +254,18 @@ def _rank(ranked: list[tuple[Fed, ProductTree]], logits_NV: Tensor, vocab_size: 
             tree.add(*next(levels))
 
 
+def _take_all(together: list[Fed], logits_NV: Tensor, vocab_size: int) -> None:
+    """Drafts grow by the laws of all their rows, made in one go."""
+    rows = [row for _, first, count in together for row in range(first, first + count)]
+    shapers = [part.grower.shaper for part in together for _ in range(part.num_rows)]
+    logits_RV = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
+    laws = iter(laws_together(fit(logits_RV, vocab_size), shapers))
+    for grower, _, count in together:
+        for law_V in islice(laws, count):
+            if not grower.is_done:
+                grower.take([law_V])
+
+
 def _peaks(fed: list[Fed], output: TargetOutput, vocab_size: int) -> Mapping[int, float]:
     """By row, the largest probability, for drafts that grow without laws but ask for it."""
     asking = [part for part in fed if part.grower.needs_peaks]
@@ -266,5 +309,7 @@ def _laws_together(
     shapers = {row: g.shaper for g, row, _ in asks if g.shaper.is_only_scaled}
     if not shapers:
         return {}
-    logits_RV = fit(logits_NV[list(shapers)], vocab_size)
-    return dict(zip(shapers, laws_together(logits_RV, list(shapers.values())), strict=True))
+    rows = list(shapers)
+    logits_RV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[rows]
+    laws = laws_together(fit(logits_RV, vocab_size), list(shapers.values()))
+    return dict(zip(rows, laws, strict=True))

@@ -52,7 +52,21 @@ class HeadLineCourse(HeadCourse):
         path = self.growth.path_tokens(*self.growth.wanted())
         place = self.state.num_rows + self._num_ran
         self._num_ran += 1
-        return HeadPiece(self.state.table, place, path[-1:], EMPTY_TREE, self._feedback_1D, True)
+        fed_1D = self._feedback_1D
+        return HeadPiece(
+            self.state.table,
+            place,
+            path[-1:],
+            EMPTY_TREE,
+            fed_1D,
+            True,
+            self._num_ran,
+            wants_argmax=self.is_argmax,
+        )
+
+    @property
+    def is_argmax(self) -> bool:
+        return self._argmax is not None
 
     @property
     def needs_peaks(self) -> bool:
@@ -89,8 +103,17 @@ class HeadTreeCourse(HeadCourse):
         known = torch.cat((self._inputs_PD, self._feedback_PD))
         index = upload(picked, known.device)
         root = self.seq.tokens[-1:]
-        place = self.state.num_rows - 1
-        return HeadPiece(self.state.table, place, root, tree, known.index_select(0, index), True)
+        state, fed_PD = self.state, known.index_select(0, index)
+        return HeadPiece(
+            state.table,
+            state.num_rows - 1,
+            root,
+            tree,
+            fed_PD,
+            True,
+            is_behind_gap=state.num_skipped > 0,
+            wants_argmax=self.is_argmax,
+        )
 
     def _source(self, path: tuple[int, ...]) -> int:
         """Where a row's input is found: among those of the last pass, or handed on by a row."""

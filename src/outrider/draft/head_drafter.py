@@ -25,7 +25,7 @@ from outrider.errors import ConfigError
 from outrider.models.base import ModelSpec, ShowsStates
 from outrider.models.heads.network import HeadPiece, HeadRunner, RowNetwork, ShownTarget
 from outrider.models.heads.spec import Head
-from outrider.request import OFF, Option
+from outrider.request import Option
 from outrider.sampling.shaper import Shaper
 from outrider.sequence import Sequence
 from outrider.step import EMPTY_TREE, Commit, DraftTree, Plan, Row, RowPlan, TargetOutput
@@ -90,7 +90,7 @@ class HeadDrafter:
 
     def open(self, seq: Sequence) -> None:
         """Costs nothing: blocks are taken when the first features come."""
-        seq.drafter_state.setdefault(self.name, None)
+        self.rows.open(seq)
 
     def draft(self, rows: Items[Row], plan: Plan) -> list[DraftTree]:
         planned = zip(rows, plan, strict=True)
@@ -108,6 +108,7 @@ class HeadDrafter:
         ]
 
     def observe(self, commits: Items[Commit], output: TargetOutput) -> None:
+        self._leave_behind(commits)
         overdue = self.rows.observe(commits, output, self._is_open)
         while overdue:
             overdue = self._run_overdue(overdue)
@@ -143,7 +144,7 @@ class HeadDrafter:
 
         Running it again is paid once: its rows are found by whoever comes later with that prefix.
         """
-        if self._target_manager is None or seq.speculation.policy == OFF:
+        if self._target_manager is None or self._is_beyond(seq):
             return None
         state = seq.drafter_state.get(self.name)
         known = state.next_position if isinstance(state, RowState) else self.rows.num_known(seq)
@@ -174,7 +175,17 @@ class HeadDrafter:
         return state.ranker
 
     def _is_open(self, seq: Sequence) -> bool:
-        return self.name in seq.drafter_state
+        return self.name in seq.drafter_state and not self._is_beyond(seq)
+
+    def _is_beyond(self, seq: Sequence) -> bool:
+        """Whether its log has outgrown the head's positions: it will not be drafted for again."""
+        return len(seq.tokens) > self.spec.max_positions
+
+    def _leave_behind(self, commits: Items[Commit]) -> None:
+        """Gives back what is held for those who have outgrown the head."""
+        for commit in commits:
+            if self._is_beyond(commit.seq) and commit.seq.drafter_state.get(self.name) is not None:
+                self.rows.close(commit.seq)
 
     def _start(self, seq: Sequence, plan: RowPlan) -> HeadCourse | None:
         """None where features are missing or the head has no room: then it is decoded plainly."""
@@ -209,10 +220,10 @@ class HeadDrafter:
         seq, state = course.seq, course.state
         num_due = self.rows.num_due(seq, state)
         tokens, inputs_PD = self.rows.due(seq, state, min(budget, num_due))
-        piece = HeadPiece(
-            state.table, state.num_rows, tokens, EMPTY_TREE, inputs_PD, len(tokens) == num_due
-        )
-        return course.first_piece(piece) if piece.wants_logits else piece
+        if len(tokens) < num_due:
+            return _piece(state, tokens, inputs_PD)
+        piece = _piece(state, tokens, inputs_PD)
+        return course.first_piece(piece._replace(wants_logits=True, wants_argmax=course.is_argmax))
 
     def _run(self, courses: list[HeadCourse], pieces: list[HeadPiece], depth: int) -> None:
         """One pass; every course that it gives logits grows by them."""
@@ -237,8 +248,7 @@ class HeadDrafter:
                 continue
             if count:
                 tokens, inputs_PD = self.rows.due(seq, state, count)
-                piece = HeadPiece(state.table, state.num_rows, tokens, EMPTY_TREE, inputs_PD, False)
-                pieces.append((seq, state, piece))
+                pieces.append((seq, state, _piece(state, tokens, inputs_PD)))
             if count < num_rows:
                 left.append(Overdue(seq, state, num_rows - count))
             budget -= count
@@ -249,6 +259,19 @@ class HeadDrafter:
             self.rows.ran(state, len(piece.chain))
             self.rows.publish(seq, state)
         return left
+
+
+def _piece(state: RowState, tokens: list[int], inputs_PD: Tensor) -> HeadPiece:
+    """The next rows of committed tokens, of which nobody wants logits."""
+    return HeadPiece(
+        state.table,
+        state.num_rows,
+        tokens,
+        EMPTY_TREE,
+        inputs_PD,
+        False,
+        is_behind_gap=state.num_skipped > 0,
+    )
 
 
 def find_head(surroundings: Surroundings, name: str) -> Head:

@@ -9,7 +9,7 @@ R rows of one sequence, D width of what a row is fed with.
 
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -96,10 +96,16 @@ class HeadRows:
         self._boundaries = boundaries
         self._read = read
         self._leaders: dict[str, Sequence] = {}  # by request, whom further completions start from
+        self._followers: dict[str, list[Sequence]] = {}  # those that have no rows yet
+
+    def open(self, seq: Sequence) -> None:
+        """Takes nothing: blocks are had when the first features come."""
+        if seq.drafter_state.setdefault(self._name, None) is None and seq.index:
+            self._followers.setdefault(seq.request.id, []).append(seq)
 
     def num_known(self, seq: Sequence) -> int:
         """Rows at the start of the log that another sequence has left in the pool."""
-        return self.manager.match(seq.tokens[1:], _salt(seq)) if len(seq.tokens) > 1 else 0
+        return self.manager.match(FromSecond(seq.tokens), _salt(seq))
 
     def state(self, seq: Sequence) -> RowState:
         """What is kept for it; at first the rows that the pool knows, or those of its prompt."""
@@ -107,9 +113,10 @@ class HeadRows:
         if state is None:
             state = self._forked(seq)
             if state is None:
-                table, num_rows = self.manager.open(seq.tokens[1:], _salt(seq))
+                table, num_rows = self.manager.open(FromSecond(seq.tokens), _salt(seq))
                 state = RowState(table, num_rows=num_rows)
             seq.drafter_state[self._name] = state
+            self._follows_no_more(seq)
             if _leads(seq):
                 self._leaders[seq.request.id] = seq
         return state
@@ -171,7 +178,7 @@ class HeadRows:
     def publish(self, seq: Sequence, state: RowState) -> None:
         """Full blocks of rows can be found by others; nobody may write them from now on."""
         if not state.num_skipped:
-            self.manager.commit(state.table, seq.tokens[1:], state.num_rows)
+            self.manager.commit(state.table, FromSecond(seq.tokens), state.num_rows)
 
     def give_up(self, state: RowState) -> None:
         """Rows that wait will not be run."""
@@ -180,11 +187,13 @@ class HeadRows:
         self.num_gaps += 1
 
     def close(self, seq: Sequence) -> None:
+        if self._leaders.get(seq.request.id) is seq:
+            self._hand_over(seq)
+            del self._leaders[seq.request.id]
         state = seq.drafter_state.pop(self._name, None)
         if isinstance(state, RowState):
             self.manager.free(state.table)
-        if self._leaders.get(seq.request.id) is seq:
-            del self._leaders[seq.request.id]
+        self._follows_no_more(seq)
 
     def save(self, seq: Sequence, state: RowState) -> dict[str, Any]:
         """All of it, on the host: KV of the rows, and what those that wait are fed with."""
@@ -239,6 +248,19 @@ class HeadRows:
         state.num_skipped, state.num_rows = skipped, num_rows
         self.publish(seq, state)
 
+    def _hand_over(self, leader: Sequence) -> None:
+        """Others of its request that have no rows yet get those of the prompt, if all were run."""
+        if leader.num_generated:
+            for seq in list(self._followers.get(leader.request.id, ())):
+                self.state(seq)
+
+    def _follows_no_more(self, seq: Sequence) -> None:
+        followers = self._followers.get(seq.request.id, [])
+        if seq in followers:
+            followers.remove(seq)
+            if not followers:
+                del self._followers[seq.request.id]
+
     def _forked(self, seq: Sequence) -> RowState | None:
         """The prompt's rows of the request's first completion, for another that begins."""
         leader = self._leaders.get(seq.request.id)
@@ -279,9 +301,10 @@ class HeadRows:
 
     def _overdue(self, commit: Commit, state: RowState) -> Overdue:
         seq, num_due = commit.seq, self.num_due(commit.seq, state)
-        if commit.finish_reason:
-            return Overdue(seq, state, num_due if self._fills(state, num_due) else 0)
         is_first = _leads(seq) and 0 < seq.num_generated == len(commit.tokens)
+        if commit.finish_reason:
+            is_wanted = is_first or self._fills(state, num_due)
+            return Overdue(seq, state, num_due if is_wanted else 0)
         # Requests that come while this prompt is new will find the target's blocks of it at once.
         is_shared = state.next_row < seq.num_prompt - 1 and self._fills(state, num_due - 1)
         is_now = state.num_waiting > MAX_WAITING or is_first or is_shared
@@ -292,6 +315,31 @@ class HeadRows:
         size = self.manager.block_size
         has_more = (state.num_rows + num_due) // size > state.num_rows // size
         return has_more and not state.num_skipped and self.manager.enable_prefix_caching
+
+
+class FromSecond(Items[int]):
+    """A token log without its first token, as rows are hashed by it; a view, so it costs nothing.
+
+    Slices go upwards.
+    """
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return max(len(self._tokens) - 1, 0)
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[int]: ...
+
+    def __getitem__(self, at: int | slice) -> int | list[int]:
+        places = range(1, len(self._tokens))[at]
+        if isinstance(places, int):
+            return self._tokens[places]
+        return self._tokens[places.start : places.stop : places.step]
 
 
 def _append(state: RowState, inputs_RD: Tensor) -> None:

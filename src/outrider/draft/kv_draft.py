@@ -217,11 +217,23 @@ class KVLine(KVCourse):
     def piece(self) -> HeadPiece:
         path = self.growth.path_tokens(*self.growth.wanted())
         chain = path[-1:] or self.seq.tokens[-1:]
-        return HeadPiece(self.seq.table, self._place, chain, EMPTY_TREE, self._fed_1H, True)
+        return HeadPiece(
+            self.seq.table,
+            self._place,
+            chain,
+            EMPTY_TREE,
+            self._fed_1H,
+            True,
+            wants_argmax=self.is_argmax,
+        )
 
     def ran(self, piece: HeadPiece, feedback_PH: Tensor) -> None:
         self._fed_1H = feedback_PH
         self._place += 1
+
+    @property
+    def is_argmax(self) -> bool:
+        return self._argmax is not None
 
     @property
     def needs_peaks(self) -> bool:
@@ -254,7 +266,8 @@ class KVTree(KVCourse):
         tree = self.growth.tree("")
         fed = [self._fed_1H, *(self._handed[path[:-1]] for path in _paths(tree)[1:])]
         root, place = self.seq.tokens[-1:], len(self.seq.tokens) - 1
-        return HeadPiece(self.seq.table, place, root, tree, torch.cat(fed), True)
+        fed_PH = torch.cat(fed)
+        return HeadPiece(self.seq.table, place, root, tree, fed_PH, True, wants_argmax=False)
 
     def ran(self, piece: HeadPiece, feedback_PH: Tensor) -> None:
         rows = feedback_PH.split(1)

@@ -188,8 +188,8 @@ class MedusaDrafter:
         self.num_forwards += 1
         first = range(0, len(logits_NV), depth)
         fed = [Fed(c.grower, row, c.depth) for c, row in zip(courses, first, strict=True)]
-        is_ranked = all(course.grower.ranks is not None for course in courses)
-        argmax_N = [] if is_ranked else self.network.ops.argmax(logits_NV)
+        is_asked = any(course.grower.is_argmax for course in courses)
+        argmax_N = self.network.ops.argmax(logits_NV) if is_asked else []
         output = TargetOutput(logits_NV, list(first), argmax_N)
         feed(fed, output, self.network.spec.vocab_size)
 

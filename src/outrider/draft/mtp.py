@@ -5,7 +5,7 @@ DeepSeek-V3 (2024, section 2.2); algorithms 4.4.
 
 from outrider.draft.base import Surroundings
 from outrider.draft.head_drafter import HeadDrafter, find_head, find_target, with_pool
-from outrider.models.heads.mtp_network import MTPNetwork
+from outrider.models.heads.mtp_network import MTPNetwork, MTPRunner
 
 
 class MTPDrafter(HeadDrafter):
@@ -24,6 +24,7 @@ class MTPDrafter(HeadDrafter):
         target = find_target(surroundings, cls.name)
         network = MTPNetwork(head, target, surroundings.target.runner.network.ops)
         runner, manager = with_pool(surroundings, network)
+        runner = MTPRunner(network, runner.pool)
         drafter = cls(runner, manager, surroundings.target.manager)
         assert head.spec.mtp is not None
         drafter.default_draft_tokens = head.spec.mtp.num_modules + 1

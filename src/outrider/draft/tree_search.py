@@ -1,12 +1,13 @@
 """Draft trees of a given size whose nodes are the likeliest, level by level or depth by depth.
 
-Shape legend: V vocabulary.
+Shape legend: V vocabulary, R nodes of one depth.
 """
 
 import heapq
 from collections.abc import Callable, Sequence as Items
 from typing import Self, TypeAlias
 
+import torch
 from torch import Tensor
 
 from outrider.step import DraftTree
@@ -55,17 +56,19 @@ class BestFirst:
 
     def take(self, laws: Items[Tensor | None]) -> None:
         num_old = len(self._tokens)
-        for node, q_V in zip(self._frontier, laws, strict=True):
-            if q_V is not None:
-                self._branch(node, q_V)
+        asked = zip(self._frontier, laws, strict=True)
+        found = [(node, q_V) for node, q_V in asked if q_V is not None]
+        best = likeliest([q_V for _, q_V in found], self.width, self.level, self.noise)
+        for (node, _), (tokens, values) in zip(found, best, strict=True):
+            self._branch(node, tokens, values)
         num_kept_old = self._keep_best(num_old)
         self.level += 1
         is_deepest = self.level == self.depth
         self._frontier = [] if is_deepest else list(range(num_kept_old, len(self._tokens)))
 
-    def _branch(self, node: int, q_V: Tensor) -> None:
+    def _branch(self, node: int, tokens: Items[int], values: Items[float]) -> None:
         above = self._values[node] if node >= 0 else 0.0
-        for token, value in zip(*likeliest(q_V, self.width, self.level, self.noise), strict=True):
+        for token, value in zip(tokens, values, strict=True):
             if value > NEVER:
                 self._tokens.append(token)
                 self._parents.append(node)
@@ -124,7 +127,8 @@ class ProductTree:
         if q_V is None:
             self._depth = len(self._levels)
             return
-        self.add(*likeliest(q_V, self.width, len(self._levels), self.noise))
+        ((tokens, values),) = likeliest([q_V], self.width, len(self._levels), self.noise)
+        self.add(tokens, values)
 
     def add(self, tokens: Items[int], values: Items[float]) -> None:
         """The next level, if one is wanted: its likeliest tokens, log-probabilities falling."""
@@ -170,15 +174,21 @@ class ProductTree:
 
 
 def likeliest(
-    q_V: Tensor, width: int, level: int, noise: Noise | None
-) -> tuple[list[int], list[float]]:
-    """The best children of a node at a depth: tokens, and logarithms of what each is worth."""
-    log_V = q_V.log()
+    laws: list[Tensor], width: int, level: int, noise: Noise | None
+) -> list[tuple[list[int], list[float]]]:
+    """The best children of the nodes of one depth: tokens, and logarithms of what each is worth.
+
+    Args:
+        laws: q_V of each node.
+    """
+    if not laws:
+        return []
+    log_RV = torch.stack(laws).log()
     if noise is not None:
-        log_V += noise(level, len(log_V)).to(log_V.device)
-        log_V = log_V.log_softmax(dim=0)
-    best = log_V.topk(min(width, len(log_V)))
-    return best.indices.tolist(), best.values.tolist()
+        log_RV += noise(level, log_RV.shape[1]).to(log_RV.device)
+        log_RV = log_RV.log_softmax(dim=1)
+    best = log_RV.topk(min(width, log_RV.shape[1]))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def path_tokens(tokens: Items[int], parents: Items[int], node: int) -> tuple[int, ...]:

@@ -135,6 +135,7 @@ def build(load: LoadConfig, options: Mapping[str, Any]) -> tuple[Engine, Tokeniz
         tokenizer=tokenizer,
         grammars=_grammars(tokenizer, target.spec),
         draft_model=draft_name,
+        heads=dict(zip(surroundings.heads, head_names, strict=True)),
         controller=make_controller(max_model_len, _facts(target.spec), load.policy),
         clock=time.perf_counter,
         draft_fingerprint=_draft_fingerprint(surroundings),

@@ -1,6 +1,6 @@
 """Engine: the loop. schedule, plan, draft, forward, verify, commit, stream."""
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable, Mapping, Sequence as Items
 
 from outrider.cache.table import BlockManager
 from outrider.control.base import StepTimes
@@ -9,7 +9,7 @@ from outrider.draft.base import Drafter
 from outrider.draft.drafters import Drafters
 from outrider.engine.commit import Committer
 from outrider.engine.config import EngineConfig
-from outrider.engine.resolve import resolve
+from outrider.engine.resolve import NO_HEADS, resolve
 from outrider.engine.scheduler import Scheduler
 from outrider.engine.stats import EngineStats
 from outrider.errors import RequestError
@@ -35,6 +35,7 @@ class Engine:
         tokenizer: None serves token ids without text.
         grammars: None refuses constrained output.
         draft_model: name of the loaded draft model, for requests that insist on one.
+        heads: likewise of the loaded draft heads, by the drafter that runs each.
         controller: who decides how far to draft; None drafts as far as requests ask.
         draft_fingerprint: of that model's weights.
         clock: seconds, for policies that go by time; the engine itself looks at none.
@@ -51,6 +52,7 @@ class Engine:
         tokenizer: Decoder | None = None,
         grammars: GrammarCompiler | None = None,
         draft_model: str = "",
+        heads: Mapping[str, str] = NO_HEADS,
         controller: Controller | None = None,
         clock: Callable[[], float] | None = None,
         draft_fingerprint: str = "",
@@ -63,6 +65,7 @@ class Engine:
         self.drafters = Drafters(drafters)
         self.default_drafter = default_drafter
         self.draft_model = draft_model
+        self.heads = heads
         self.draft_fingerprint = draft_fingerprint
         self.grammars = grammars
         self.has_tokenizer = tokenizer is not None
@@ -107,7 +110,8 @@ class Engine:
         self.stats.observe(batch, commits)
         events += self.streamer.verified(commits)
         times = self._times(began, started, drafted, ran)
-        self.controller.observe(batch, plan, commits, times if self._clock else None)
+        tried = self.drafters.followed(plan, drafts)
+        self.controller.observe(batch, tried, commits, times if self._clock else None)
         self._fork_siblings(commits)
         self._release(commits)
         if self.config.check_integrity:
@@ -152,6 +156,7 @@ class Engine:
             self.default_drafter,
             self.draft_model,
             self.controller,
+            self.heads,
         )
 
     def abort(self, request_id: str) -> None:

@@ -29,6 +29,7 @@ DEFAULT_VERIFIER = "sampled"
 LOOKUP_MIN, LOOKUP_MAX = 2, 4
 MORE = 2  # times a drafter's own K, for policies that go as far as pays
 MAX_POSITIONS = 1 << 40
+NO_HEADS: Mapping[str, str] = {}
 OWN_MODEL, OTHER_MODEL = "draft model", "draft model of another vocabulary"  # in `needs`
 
 
@@ -39,6 +40,7 @@ def resolve(
     default: str,
     draft_model: str,
     controller: Controller | None = None,
+    heads: Mapping[str, str] = NO_HEADS,
 ) -> Speculation:
     """The drafter, rule and K in force.
 
@@ -46,6 +48,7 @@ def resolve(
         default: drafter of requests that name none; "" decodes plainly.
         draft_model: name of the loaded draft model, "" for none.
         controller: whose policies may be named; None knows "fixed" alone.
+        heads: names of the loaded draft heads, by the drafter that runs each.
 
     Raises:
         RequestError: something named is not here. PairError: drafter and rule would be wrong
@@ -57,10 +60,10 @@ def resolve(
     if name in ("", OFF):
         _refuse_unused(params, name)
         return plain
-    drafter = _drafter(name, drafters)
+    drafter = _drafter(name, drafters, params.model)
     options, parts = _composed(drafter, params)
     members = [drafters[part] for part in parts] or [drafter]
-    _check_model(params, members, draft_model)
+    _check_model(params, members, draft_model, heads)
     _check_lookup(params, name, members, options)
     width = _width(params, drafter, members)
     policy = _policy(params, sampling, rule, controller or Controller(MAX_POSITIONS))
@@ -259,7 +262,7 @@ def _prediction(params: SpeculationParams, members: Items[Drafter]) -> tuple[int
     return ids or ()
 
 
-def _drafter(name: str, drafters: Drafters) -> Drafter:
+def _drafter(name: str, drafters: Drafters, model: str | None) -> Drafter:
     if name in drafters:
         return drafters[name]
     try:
@@ -271,7 +274,11 @@ def _drafter(name: str, drafters: Drafters) -> Drafter:
     if _runs_draft_model(drafter):
         raise RequestError(_missing_model(name, drafters))
     if "head" in drafter.needs:
-        raise RequestError(f"method={name!r}: no such head is loaded; give the engine heads=...")
+        given = "..." if model is None else repr([model])
+        raise RequestError(
+            f"method={name!r}: no such head is loaded; give the engine heads={given}, or name the "
+            "head as draft_model=..."
+        )
     raise RequestError(f"method={name!r}: not set up in this engine; name it in LLM(drafters=...)")
 
 
@@ -288,17 +295,31 @@ def _missing_model(name: str, drafters: Drafters) -> str:
     return f"method={name!r}: the draft model here has {kind} vocabulary; use method={other.name!r}"
 
 
-def _check_model(params: SpeculationParams, members: Items[Drafter], draft_model: str) -> None:
-    if params.model is None:
+def _check_model(
+    params: SpeculationParams,
+    members: Items[Drafter],
+    draft_model: str,
+    heads: Mapping[str, str],
+) -> None:
+    """A draft model or head that a request insists on must be the one that would draft for it."""
+    model = params.model
+    runs_model = any(_runs_draft_model(member) for member in members)
+    mine = {heads[member.name]: member.name for member in members if member.name in heads}
+    if model is None or model in mine or (runs_model and model == draft_model):
         return
-    if not any(_runs_draft_model(member) for member in members):
-        names = ", ".join(member.name for member in members)
-        raise RequestError(f"model={params.model!r}: method {names!r} has no draft model; drop it")
-    if params.model != draft_model:
+    if runs_model:
         raise RequestError(
-            f"model={params.model!r}: the engine has draft model {draft_model!r}; drop the key, or "
-            "load that model with draft_model=..."
+            f"model={model!r}: the engine has draft model {draft_model!r}; drop the key, or load "
+            "that model with draft_model=..."
         )
+    if not mine:
+        names = ", ".join(member.name for member in members)
+        raise RequestError(f"model={model!r}: method {names!r} has no draft model; drop it")
+    head, name = next(iter(mine.items()))
+    raise RequestError(
+        f"model={model!r}: {name!r} runs the head {head!r} here; drop the key, or load that head "
+        "with heads=... or draft_model=..."
+    )
 
 
 def _check_lookup(

@@ -8,12 +8,30 @@ after preemption are all this rule.
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Iterator
+from typing import NamedTuple
 
+from outrider.cache.prefix_tree import PrefixTree
 from outrider.cache.table import BlockManager
 from outrider.control.limits import most_nodes, usable
 from outrider.engine.config import EngineConfig
 from outrider.sequence import Sequence, Status
 from outrider.step import Batch, Row
+
+
+class Refusal(NamedTuple):
+    """Why the first of those that wait found no room.
+
+    Attributes:
+        num_tokens: of its log then; `num_new` of them were to be run first.
+        num_free: blocks that could be had.
+        next_hash: names the block that its cached prefix went as far as.
+    """
+
+    seq: Sequence
+    num_tokens: int
+    num_new: int
+    num_free: int
+    next_hash: bytes
 
 
 class Scheduler:
@@ -39,6 +57,7 @@ class Scheduler:
         self._first_missing = first_missing
         self.running: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []
+        self._refusal: Refusal | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -115,18 +134,47 @@ class Scheduler:
 
     def _open(self, seq: Sequence, budget: int) -> bool:
         """Takes the cached prefix and room for a first chunk; no change if there is none."""
+        if self._is_refused(seq, budget):
+            return False
         tenant = seq.request.tenant
         first_missing = self._first_missing(seq)
         known = seq.tokens if first_missing is None else seq.tokens[: first_missing + 1]
         num_cached = self.manager.match(known, tenant)
         end = num_cached + min(self._limit(len(seq.tokens) - num_cached), budget)
         if not self.manager.can_open(known, end, tenant):
+            self._refusal = None
+            if first_missing is None:
+                self._refusal = self._refused(seq, num_cached, end - num_cached)
             return False
         seq.table, seq.num_cached = self.manager.open(known, tenant)
         self.manager.reserve(seq.table, end)
         if seq.num_preemptions == 0:
             seq.num_prefix_hits = num_cached
         return True
+
+    def _is_refused(self, seq: Sequence, budget: int) -> bool:
+        """Whether it would find no room again: then its prompt need not be hashed for that.
+
+        Nothing has been given back since, no more of its prefix is cached, and it cannot make do
+        with fewer new tokens.
+        """
+        refusal = self._refusal
+        if refusal is None or refusal.seq is not seq or not self.running:
+            return False
+        return (
+            len(seq.tokens) == refusal.num_tokens
+            and budget >= refusal.num_new
+            and self.manager.num_free <= refusal.num_free
+            and self.manager.tree.find(refusal.next_hash) is None
+        )
+
+    def _refused(self, seq: Sequence, num_cached: int, num_new: int) -> Refusal:
+        tree, size = self.manager.tree, self.manager.block_size
+        root = PrefixTree.root(seq.request.tenant)
+        node = [root, *tree.walk(root, seq.tokens, num_cached // size)][-1]
+        block = seq.tokens[num_cached : num_cached + size]
+        next_hash = tree.hash_below(node, block) if len(block) == size else b""
+        return Refusal(seq, len(seq.tokens), num_new, self.manager.num_free, next_hash)
 
     def _with_drafts(self, rows: list[Row], budget: int, resting: Container[str]) -> list[Row]:
         """The rows with draft nodes, as far as budget and free blocks go."""

@@ -151,6 +151,39 @@ def test_dspark_in_both_layouts(tmp_path: Path, kind: str) -> None:
     assert theirs.tensors.keys() == tensors.keys()
 
 
+def test_silent_files_draft_from_the_anchor_where_their_readers_do(tmp_path: Path) -> None:
+    """DSpark's runtime does; of a file of speculators, and of DFlash, the reader does not."""
+    dspark = renamed(BODY | random_dspark(), *DSPARK_NAMES)
+    spoken = {
+        name: value
+        for name, value in speculators_block_config("dspark").items()
+        if name != "sample_from_anchor"
+    }
+    for folder, config, tensors, is_from_anchor in (
+        ("forge", zlab_config(projector_type="dspark"), dspark, True),
+        ("speculators", spoken, dspark, False),
+        ("dflash", zlab_config(), BODY, False),
+        ("said", zlab_config(projector_type="dspark", sample_from_anchor=False), dspark, False),
+    ):
+        spec = load_head(write(tmp_path / folder, config, tensors), TARGET).spec
+        assert spec.conventions.sample_from_anchor is is_from_anchor, folder
+        assert ("sample_from_anchor" in spec.assumed) is (folder != "said")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        zlab_config(projector_type="dspark"),
+        zlab_config(markov_rank=6),
+        speculators_block_config("dspark"),
+    ],
+    ids=["projector", "rank", "speculators"],
+)
+def test_dspark_without_its_finish_is_no_dflash(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"missing tensors: markov\.w1"):
+        load_head(write(tmp_path, config, BODY), TARGET)
+
+
 def test_a_confidence_that_reads_the_state_alone(tmp_path: Path) -> None:
     tensors = BODY | random_dspark() | {"confidence.weight": Random(1)(1, H)}
     names = renamed(tensors, *DSPARK_NAMES)
@@ -192,6 +225,8 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
         ConfigError,
         "is of DFlash2",
     ),
+    "said": ({}, {"projector_type": "domino"}, ConfigError, "is of Domino .as its config says."),
+    "vocabulary": ({}, {"vocab_size": V + 1}, PairError, f"vocab_size {V + 1}, target 'tiny' has"),
     "xpress": ({"refiner_head.in_proj.weight": torch.zeros(1)}, {}, ConfigError, "is of XPress"),
 }
 

@@ -13,6 +13,7 @@ from outrider.cache.table import BlockManager
 from outrider.errors import ConfigError
 from outrider.models.decoder import Decoder
 from outrider.models.heads.block_network import BlockNetwork
+from outrider.models.heads.block_weights import decoder_config
 from outrider.models.heads.load import load_head
 from outrider.models.heads.network import HeadPiece, HeadRunner
 from outrider.models.heads.spec import Head
@@ -359,6 +360,28 @@ def test_it_runs_in_bfloat16(tmp_path: Path) -> None:
     assert told.memory_RM.dtype == torch.bfloat16
 
 
+class Foreign:
+    """A target of another implementation, which shows states but not how it turns heads."""
+
+    def __init__(self, target) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+def test_the_targets_frequencies_turn_heads_of_another_width(tmp_path: Path) -> None:
+    """By its theta, as in EAGLE heads; how many values of a head turn is the head's own affair."""
+    own = loaded(tmp_path)
+    turned = replace(own.spec, conventions=replace(own.spec.conventions, rope_origin="target"))
+    wide = tiny_decoder(
+        hidden_size=H, vocab_size=V, num_hidden_layers=L, head_dim=8, rope_theta=77.0
+    )
+    rope = decoder_config(turned, wide).rope
+    assert (rope.theta, rope.width) == (77.0, own.spec.decoder.head_dim)
+    assert BlockNetwork(Head(turned, own.tensors), wide, wide.ops).num_drafts
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     target = the_target()
     own = loaded(tmp_path, **CASES["its own embedding"])
@@ -366,9 +389,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mask_token_id=41 is beyond the 40 tokens of 'tiny-5'"):
         BlockNetwork(Head(replace(own.spec, conventions=chosen), own.tensors), target, target.ops)
     turned = replace(own.spec, conventions=replace(own.spec.conventions, rope_origin="target"))
-    wide = tiny_decoder(hidden_size=H, vocab_size=V, num_hidden_layers=L, head_dim=8)
-    with pytest.raises(ConfigError, match="rope_origin='target': the frequencies of 'tiny-0'"):
-        BlockNetwork(Head(turned, own.tensors), wide, wide.ops)
+    with pytest.raises(ConfigError, match=r"rope_origin='target': .* the lean decoder"):
+        BlockNetwork(Head(turned, own.tensors), Foreign(target), target.ops)
     narrow = replace(own.spec, widths=replace(own.spec.widths, hidden=8))
     with pytest.raises(ConfigError, match=r"lm_head='target': the head is 8 wide, its target 16"):
         BlockNetwork(Head(narrow, own.tensors), target, target.ops)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,21 @@ import torch
 from outrider.errors import ConfigError, ModelError
 from outrider.models.heads.load import load_head
 from outrider.models.heads.spec import Family
+from tests.engine.test_heads import FAMILIES
 from tests.models.heads.layouts import (
+    DECODER,
     DRAFT_IDS,
+    PROJECTED_PARTS,
+    ROPE,
     TARGET,
     TARGET_CONFIG,
     VD,
     H,
     L,
     maps,
+    mtp_names,
     random_eagle3,
+    random_mtp,
     random_target,
     save,
     write,
@@ -64,6 +71,8 @@ def test_pard_is_a_decoder_with_a_mask_token(tmp_path: Path) -> None:
     assert head.spec.family is Family.PARD
     assert head.spec.mask_token_id == 39
     assert head.tensors == {}
+    with pytest.raises(ConfigError, match=r"'feedback': 'pre-norm'.*a whole model \(PARD\)"):
+        load_head(folder, TARGET, pins={"feedback": "pre-norm"})
     far = write(tmp_path / "f", {**TARGET_CONFIG, "pard_token": 40}, random_target())
     with pytest.raises(ConfigError, match="pard_token=40 must be below vocab_size=40"):
         load_head(far, TARGET)
@@ -168,7 +177,10 @@ WRONG_PINS: list[tuple[dict[str, Any], str]] = [
     ({"feature_layers": 3}, "feature_layers=3 must be a list of int"),
     ({"feature_layers": [1, 2]}, "the head reads 3 features of boundaries 0 to 8"),
     ({"feature_layers": [1, 2, L + 1]}, "the head reads 3 features of boundaries 0 to 8"),
-    ({"block_masks": ["causal"]}, "the head has 0 layers with masks"),
+    (
+        {"block_masks": ["causal"]},
+        r"\('causal',\): means nothing to a head of the family eagle3, which follows .*: drop it",
+    ),
     ({"block_masks": ["half"]}, "each must be one of"),
     ({"input_norm": "all"}, "the files hold norms for 'none'"),
 ]
@@ -178,6 +190,40 @@ WRONG_PINS: list[tuple[dict[str, Any], str]] = [
 def test_pins_that_cannot_be_obeyed(tmp_path: Path, pins: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_head(pin(write_speculators(tmp_path, HEAD), **pins), TARGET)
+
+
+FOREIGN: dict[str, tuple[Family, dict[str, Any]]] = {
+    "eagle1": (Family.EAGLE, {"feedback": "post-norm", "vocabulary_map": "offset"}),
+    "eagle3": (Family.EAGLE3, {"sample_from_anchor": True, "input_state": "raw"}),
+    "peagle": (Family.PEAGLE, {"feedback": "post-norm", "concatenation": "feature-first"}),
+    "dflash": (Family.BLOCK, {"feedback": "pre-norm", "norm_before_residual": True}),
+    "medusa": (Family.MEDUSA, {"embedding": "target", "vocabulary_map": "offset"}),
+    "kv": (Family.KV, {"rope_origin": "own", "norm_gain": "weight"}),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_pins_that_mean_nothing_to_the_family(tmp_path: Path, name: str) -> None:
+    """Nothing would become of them; what they are and what the family follows is said."""
+    family, pins = FOREIGN[name]
+    folder, target = FAMILIES[name][1](tmp_path / name), TARGET
+    assert load_head(folder, target).spec.family is family
+    for convention, value in pins.items():
+        with pytest.raises(ConfigError) as error:
+            load_head(folder, target, pins={convention: value})
+        assert f"convention {convention}={value!r}: means nothing to a head" in str(error.value)
+        assert f"of the family {family}, which follows " in str(error.value)
+        assert str(error.value).endswith(": drop it")
+
+
+def test_pins_that_mean_nothing_to_modules_of_the_target(tmp_path: Path) -> None:
+    modules = mtp_names(random_mtp(), "mtp_layers.{}.", PROJECTED_PARTS)
+    target = replace(TARGET, folder=write(tmp_path / "t", TARGET_CONFIG, random_target()))
+    config = {"speculators_model_type": "mtp", "transformer_layer_config": {**DECODER, **ROPE}}
+    folder = write(tmp_path / "m", config, modules)
+    assert load_head(folder, target, pins={"is_first_embedding_zero": True})
+    with pytest.raises(ConfigError, match=r"block_masks=\('causal',\): means nothing"):
+        load_head(folder, target, pins={"block_masks": ["causal"]})
 
 
 def test_pins_of_parts_that_are_not_there(tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ def native(folder: Path, modules: dict[str, Tensor], config: dict[str, Any], **k
     return write(folder, {**TARGET_CONFIG, **config}, random_target(**kind) | modules)
 
 
+def test_frequencies_that_everybody_computes_are_passed_over(tmp_path: Path) -> None:
+    """Some tools write them, in the target's layers or in the modules'."""
+    made = random_mtp()
+    names = mtp_names(made, "model.layers.{}.", DEEPSEEK_PARTS, first=L)
+    for index in (L - 1, L):
+        names[f"model.layers.{index}.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+    assert equal(load_head(native(tmp_path, names, ONE), TARGET).tensors, made)
+
+
 def test_deepseek_and_glm(tmp_path: Path) -> None:
     made = random_mtp(num_modules=2, own_vocabulary=True, num_experts=3)
     names = mtp_names(made, "model.layers.{}.", DEEPSEEK_PARTS, first=L)

@@ -3,6 +3,7 @@
 Shape legend: T rows, H hidden width, V vocabulary.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,14 @@ from outrider.errors import ConfigError
 from outrider.models.config import DecoderConfig
 from outrider.models.decoder import Decoder
 from outrider.models.heads.load import load_head
-from outrider.models.heads.mtp_network import MTPNetwork
+from outrider.models.heads.mtp_network import MTPNetwork, MTPRunner
 from outrider.models.heads.mtp_turns import own_rows, parent_slots
 from outrider.models.heads.network import HeadPiece, HeadRunner
 from outrider.models.heads.spec import Head
 from outrider.ops.base import Ops, Span
 from outrider.ops.choose import choose
 from outrider.ops.torch import TorchOps
-from outrider.step import EMPTY_TREE, DraftTree
+from outrider.step import EMPTY_TREE, DraftTree, TargetOutput
 from tests.models.heads.layouts import (
     DECODER,
     DEEPSEEK_PARTS,
@@ -317,8 +318,63 @@ def test_rows_of_later_modules() -> None:
     table = [3, 1]
     late, early = Span(table, 3, 2, (-1, 0), 4), Span(table, 1, 2, (-1,), 4)
     bare = Span(table, 0, 1, (-1,), 4)
-    assert own_rows([late], 2) == (None, [Span([14, 15, 4, 5, 6], 1, 2, (-1, 0))])
+    places = array("i", [14, 15, 4, 5, 6])
+    assert own_rows([late], 2) == (None, [Span(places, 1, 2, (-1, 0))])
     rows, spans = own_rows([late, early, bare], 2)
     assert rows == [0, 1, 2, 3, 5, 6]
-    assert spans[1] == Span([14, 15], 0, 1, (-1,))
+    assert spans[1] == Span(array("i", [14, 15]), 0, 1, (-1,))
     assert parent_slots([late, early, bare]) == [14, 15, 4, 5, 12, 13, 14, 12, 12]
+
+
+class Telling(MTPRunner):
+    """Says of pieces what drafters say; all logs have as many rows.
+
+    Args:
+        behind: sequences that begin behind a gap.
+    """
+
+    def __init__(self, network: MTPNetwork, pool: KVPool, length: int, behind: Sequence[int] = ()):
+        super().__init__(network, pool)
+        self._length, self._behind = length, behind
+
+    def run(self, pieces: list[HeadPiece]) -> tuple[TargetOutput, Tensor]:
+        told = [
+            piece._replace(
+                num_drafted=1 + piece.num_cached - self._length if piece.num_cached else 0,
+                is_behind_gap=index in self._behind,
+            )
+            for index, piece in enumerate(pieces)
+        ]
+        return super().run(told)
+
+
+@pytest.mark.parametrize("kind", ["two modules", "three modules"])
+def test_whose_turn_it_is_is_not_asked_of_the_device(pairs: dict[str, Pair], kind: str) -> None:
+    """Where the host says the step, that which stands beside the feature is not looked at."""
+    network, found = pairs[kind].network(choose()), []
+    for step in (0, 101):
+        runner, manager = pooled(network)
+        sequence = Drafting(runner, manager, 6, 1)
+        sequence.inputs[:, -1] = step
+        told = Telling(network, runner.pool, 6) if step else runner
+        found.append(torch.cat(line(told, [sequence], [[3, 1, 4, 1]])))
+    torch.testing.assert_close(*found, **TOLERANCE)
+
+
+@pytest.mark.parametrize("num_modules", [1, 3])
+def test_behind_a_gap_no_embedding_is_left_out(tmp_path: Path, num_modules: int) -> None:
+    """The row in place 0 is not that of position 0 there; the sequence beside it has that."""
+    found = {}
+    for is_zero, behind in ((True, (0,)), (True, ()), (False, ())):
+        folder = tmp_path / f"{is_zero}{len(behind)}"
+        network = mimo(folder, num_modules, is_first_embedding_zero=is_zero).network(choose())
+        runner, manager = pooled(network)
+        told = Telling(network, runner.pool, 6, behind)
+        sequences = [Drafting(told, manager, 6, seed) for seed in (1, 2)]
+        found[is_zero, behind] = torch.stack(line(told, sequences, [[3, 1], [4, 2]]))
+    gap, zero, whole = found.values()
+    torch.testing.assert_close(gap[:, 0], whole[:, 0], **TOLERANCE)
+    torch.testing.assert_close(gap[:, 1], zero[:, 1], **TOLERANCE)
+    assert not torch.allclose(zero, whole)
+    assert not torch.allclose(gap[:, 0], zero[:, 0])
+    assert not torch.allclose(gap[:, 1], whole[:, 1])

@@ -180,8 +180,53 @@ class BlockNetwork:
             previous: the token before each.
             memory_RM: of the slots above each; zeros at depth 1.
         """
+        device = self.spec.device
+        return self._correct(output, upload(slots, device), upload(previous, device), memory_RM)
+
+    @torch.inference_mode()
+    def follow(
+        self,
+        output: BlockOutput,
+        firsts: list[int],
+        roots: list[int],
+        depth: int,
+        *,
+        wants_peaks: bool = False,
+    ) -> Tensor:
+        """The argmax chains of B blocks, each token corrected by that before it; stays here.
+
+        Args:
+            firsts: slot of depth 1 of each. roots: the last committed tokens.
+            depth: K.
+            wants_peaks: whether anybody asks how likely the tokens are.
+
+        Returns:
+            float64 [3, B, K]: tokens (-1 where logits are no numbers), how sure the finish is of
+            them (1 without an estimate), and their probability by their law (1 if nobody asks).
+        """
         assert self.finish is not None
-        slots_R, previous_R = upload(slots, self.spec.device), upload(previous, self.spec.device)
+        device = self.spec.device
+        first_B, previous_B = upload(firsts, device), upload(roots, device)
+        width = self.finish.memory_width
+        memory_BM = torch.zeros(len(roots), width, dtype=self.spec.dtype, device=device)
+        one_B = torch.ones(len(roots), dtype=torch.float64, device=device)
+        steps = []
+        for level in range(depth):
+            logits_BV, memory_BM, sure_B = self._correct(
+                output, first_B + level, previous_B, memory_BM
+            )
+            peak_B, previous_B = logits_BV.max(dim=1)
+            token_B = torch.where(peak_B.isfinite(), previous_B, -1).double()
+            likely_B = logits_BV.softmax(dim=1).amax(dim=1).double() if wants_peaks else one_B
+            steps.append(
+                torch.stack((token_B, one_B if sure_B is None else sure_B.double(), likely_B))
+            )
+        return torch.stack(steps, dim=2)
+
+    def _correct(
+        self, output: BlockOutput, slots_R: Tensor, previous_R: Tensor, memory_RM: Tensor
+    ) -> Told:
+        assert self.finish is not None
         states_RD = output.states_RD.index_select(0, slots_R)
         added_RU, memory_RM, sure_R = self.finish(states_RD, previous_R, memory_RM)
         logits_RU = output.logits_RU.index_select(0, slots_R) + added_RU

@@ -88,7 +88,6 @@ class EagleNetwork:
         is_normed = self._head.conventions.input_state == "normed"
         return self._target.final_norm(tapped_ARH[0]) if is_normed else tapped_ARH[0]
 
-    @torch.inference_mode()
     def forward(
         self,
         tokens_N: Tensor,

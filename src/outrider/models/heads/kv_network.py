@@ -113,13 +113,14 @@ class KVNetwork:
         inputs_NH: Tensor,
         rows: Rows,
         kv: Items[LayerKV],
-        wanted_R: Tensor,
+        wanted_R: Tensor | None = None,
     ) -> HeadOutput:
         """Runs rows.
 
         Args:
             inputs_NH: of `read` for row 0 of a draft, the feedback of the row before for others.
             kv: of all layers of the target.
+            wanted_R: rows whose logits are wanted; None for all.
         """
         both = (
             self._embedding_norm(self.target.embed(tokens_N)),
@@ -133,7 +134,8 @@ class KVNetwork:
         state_NH = self._hand_on(self._norm(hidden_Nh))
         is_normed = self.head_spec.conventions.feedback == "post-norm"
         feedback_NH = state_NH if is_normed else self._hand_on(hidden_Nh)
-        return HeadOutput(self._logits(state_NH.index_select(0, wanted_R)), feedback_NH)
+        state_RH = state_NH if wanted_R is None else state_NH.index_select(0, wanted_R)
+        return HeadOutput(self._logits(state_RH), feedback_NH)
 
     def _own(self, name: str, weights: Weights, is_used: bool) -> Linear | None:
         return self.ops.linear(weights.take_product(name)) if is_used else None
@@ -164,12 +166,11 @@ class KVLayer:
         parts = ("q", "k", "v") if shape.sees_drafts else ("q",)
         names = [f"{prefix}self_attn.{part}_proj.weight" for part in parts]
         self._qkv = self._ops.linear(weights.take_product(*names))
-        norms = [
+        self._head_norms = [
             RMSNorm(weights.take(f"{prefix}self_attn.{part}_norm.weight"), eps)
             for part in parts[:2]
             if shape.has_qk_norm
         ]
-        self._head_norms = dict(zip(parts, norms, strict=False))
         self._out = self._ops.linear(weights.take_product(f"{prefix}self_attn.o_proj.weight"))
         self._mlp_norm = RMSNorm(weights.take(f"{prefix}post_attention_layernorm.weight"), eps)
         plain = replace(config, is_fused=False, has_mlp_bias=False)
@@ -185,24 +186,27 @@ class KVLayer:
     def _attend(self, normed_Nh: Tensor, turn: Turn, seeing: Layout, kv: LayerKV) -> Tensor:
         shape = self._shape
         qkv_NX = self._qkv(normed_Nh)
-        split = shape.num_heads * shape.key_width
-        query_NJD = self._turned("q", qkv_NX[:, :split], turn)
+        num_turned = shape.num_heads + (shape.num_kv_heads if shape.sees_drafts else 0)
+        split = num_turned * shape.key_width
+        turned_NXD = self._turned(qkv_NX[:, :split], turn)
         if shape.sees_drafts:
-            stop = split + shape.num_kv_heads * shape.key_width
-            keys_NGD = self._turned("k", qkv_NX[:, split:stop], turn)
-            values_NGE = qkv_NX[:, stop:].unflatten(1, (shape.num_kv_heads, -1))
+            keys_NGD = turned_NXD[:, shape.num_heads :]
+            values_NGE = qkv_NX[:, split:].unflatten(1, (shape.num_kv_heads, -1))
             self._ops.write_kv(kv, keys_NGD, values_NGE, seeing)
+        query_NJD = turned_NXD[:, : shape.num_heads]
         out_NJE = self._ops.attend(
             query_NJD, kv, seeing, scale=self._scale, window=self._read.window
         )
         return self._out(out_NJE.flatten(1))
 
-    def _turned(self, part: str, flat_NX: Tensor, turn: Turn) -> Tensor:
-        """Heads of queries or keys, normed and turned."""
-        heads_NJD = flat_NX.unflatten(1, (-1, self._shape.key_width))
-        if part in self._head_norms:
-            heads_NJD = self._head_norms[part](heads_NJD)
-        return rotate_(heads_NJD, turn) if self._read.has_rope else heads_NJD
+    def _turned(self, flat_NX: Tensor, turn: Turn) -> Tensor:
+        """Heads of queries, and of keys behind them if there are any, normed and turned."""
+        heads_NXD = flat_NX.unflatten(1, (-1, self._shape.key_width))
+        if self._head_norms:
+            parts = heads_NXD.tensor_split((self._shape.num_heads,), dim=1)
+            normed = [norm(part) for norm, part in zip(self._head_norms, parts, strict=False)]
+            heads_NXD = torch.cat(normed, dim=1)
+        return rotate_(heads_NXD, turn) if self._read.has_rope else heads_NXD
 
 
 class KVRunner:
@@ -231,9 +235,9 @@ class KVRunner:
             torch.cat([piece.inputs_PD for piece in pieces]),
             network.rows(spans, num_keys),
             self.pool.layers,
-            upload(list(range(len(tokens))), device),
         )
-        argmax_R = network.ops.argmax(logits_RV)
+        is_asked = any(piece.wants_argmax for piece in pieces)
+        argmax_R = network.ops.argmax(logits_RV) if is_asked else []
         return TargetOutput(logits_RV, list(_starts(spans)), argmax_R), feedback_NH
 
 

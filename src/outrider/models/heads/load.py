@@ -97,6 +97,11 @@ def load_head(
         )
     laid_down = read_pins(folder) if pins is None else check_pins(pins)
     if family is Family.PARD:
+        if laid_down:
+            raise ConfigError(
+                f"conventions {dict(laid_down)!r}: {str(source)!r} is a whole model (PARD), which "
+                "follows none: drop them"
+            )
         return _pard(str(source), config, target)
     if family is Family.MTP:
         return _mtp(str(source), config, files, target, laid_down)

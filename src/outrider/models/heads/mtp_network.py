@@ -8,7 +8,7 @@ between layers of the target.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Items
 from copy import copy
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.cache.pool import KVPool
 from outrider.errors import ConfigError
 from outrider.models.base import KVShape, ModelSpec
 from outrider.models.decoder import Decoder, RMSNorm
 from outrider.models.heads.fingerprint import head_fingerprint
 from outrider.models.heads.given import adds_one_to_gain
 from outrider.models.heads.mtp_lean import LeanLayer
-from outrider.models.heads.mtp_turns import own_rows, parent_slots
-from outrider.models.heads.network import HeadOutput, ShownTarget
+from outrider.models.heads.mtp_turns import own_rows, parent_slots, steps_of
+from outrider.models.heads.network import HeadOutput, HeadPiece, HeadRunner, ShownTarget
 from outrider.models.heads.spec import Conventions, Head, MTPShape
 from outrider.models.runner import upload
 from outrider.ops.base import LayerKV, Layout, Ops
@@ -110,12 +111,20 @@ class MTPNetwork:
         layout: Layout,
         kv: list[LayerKV],
         wanted_R: Tensor,
+        steps: Items[int] | None = None,
+        is_behind_gap_N: Tensor | None = None,
     ) -> HeadOutput:
-        """See `RowNetwork`."""
+        """See `RowNetwork`.
+
+        Args:
+            steps: of the wanted rows, where the host knows; else it is asked of the device.
+            is_behind_gap_N: rows of sequences whose place 0 is not position 0; None for none.
+        """
         if len(self._modules) > 1:
-            return self._in_turns(tokens_N, inputs_ND, layout, kv, wanted_R)
+            rows = _Rows(tokens_N, layout, is_behind_gap_N)
+            return self._in_turns(rows, inputs_ND, kv, wanted_R, steps)
         (module,) = self._modules
-        states = module(tokens_N, inputs_ND, layout, kv[0])
+        states = module(_Rows(tokens_N, layout, is_behind_gap_N), inputs_ND, kv[0])
         return HeadOutput(module.logits(states.normed_NH[wanted_R]), states.handed_NH)
 
     def by_layer(self) -> "MTPNetwork":
@@ -126,13 +135,13 @@ class MTPNetwork:
 
     def _in_turns(
         self,
-        tokens_N: Tensor,
+        rows: "_Rows",
         inputs_ND: Tensor,
-        layout: Layout,
         kv: list[LayerKV],
         wanted_R: Tensor,
+        steps: Items[int] | None,
     ) -> HeadOutput:
-        num_modules = len(self._modules)
+        num_modules, layout = len(self._modules), rows.layout
         parents_N = upload(parent_slots(layout.spans), layout.slots_N.device)
         feature_NH, step_N1 = inputs_ND[:, :-1], inputs_ND[:, -1:]
         states, all_states = _States(feature_NH, feature_NH), []
@@ -141,46 +150,105 @@ class MTPNetwork:
                 kept = kv[num_modules + number - 1].keys
                 kept.index_copy_(0, layout.slots_N, states.handed_NH.unsqueeze(1))
                 feature_NH = kept.index_select(0, parents_N).squeeze(1)
-            states = self._in_own_rows(
-                module, number, states, tokens_N, feature_NH, layout, kv[number]
-            )
+            states = self._in_own_rows(module, number, states, rows, feature_NH, kv[number])
             all_states.append(states)
-        turn_R = step_N1[wanted_R, 0].long() % num_modules
-        normed = [states.normed_NH[wanted_R] for states in all_states]
+        if steps is None:
+            steps = step_N1[wanted_R, 0].long().tolist()
+        turns = [step % num_modules for step in steps]
         feedback_ND = torch.cat((states.handed_NH, step_N1 + 1), dim=1)
-        return HeadOutput(self._logits(normed, turn_R), feedback_ND)
+        return HeadOutput(self._logits(all_states, wanted_R, turns), feedback_ND)
 
     def _in_own_rows(
         self,
         module: "MTPModule",
         number: int,
         before: "_States",
-        tokens_N: Tensor,
+        rows: "_Rows",
         feature_NH: Tensor,
-        layout: Layout,
         kv: LayerKV,
     ) -> "_States":
         """What a module says; in rows before its first one, what the module before it said."""
-        rows, spans = own_rows(layout.spans, number)
-        if rows is None:
-            own = self.ops.layout(spans, layout.slots_N.device) if number else layout
-            return module(tokens_N, feature_NH, own, kv)
-        if not rows:
+        device = rows.layout.slots_N.device
+        own, spans = own_rows(rows.layout.spans, number)
+        if own is None:
+            layout = self.ops.layout(spans, device) if number else rows.layout
+            return module(rows._replace(layout=layout), feature_NH, kv)
+        if not own:
             return before
-        rows_n = upload(rows, layout.slots_N.device)
-        own = self.ops.layout(spans, layout.slots_N.device)
-        ran = module(tokens_N[rows_n], feature_NH[rows_n], own, kv)
+        own_n = upload(own, device)
+        ran = module(rows.picked(own_n, self.ops.layout(spans, device)), feature_NH[own_n], kv)
         pairs = zip(before, ran, strict=True)
-        return _States(*(old.index_copy(0, rows_n, new) for old, new in pairs))
+        return _States(*(old.index_copy(0, own_n, new) for old, new in pairs))
 
-    def _logits(self, normed: list[Tensor], turn_R: Tensor) -> Tensor:
+    def _logits(self, said: "list[_States]", wanted_R: Tensor, turns: list[int]) -> Tensor:
         """logits_RV, each row's by the module whose turn it is."""
-        logits_RV = torch.empty(len(turn_R), self.spec.vocab_size, device=turn_R.device)
-        for number, (module, normed_RH) in enumerate(zip(self._modules, normed, strict=True)):
-            rows_r = (turn_R == number).nonzero().squeeze(1)
-            if len(rows_r):
-                logits_RV[rows_r] = module.logits(normed_RH[rows_r])
+        device = wanted_R.device
+        logits_RV = torch.empty(len(turns), self.spec.vocab_size, device=device)
+        for number, (module, states) in enumerate(zip(self._modules, said, strict=True)):
+            own = [row for row, turn in enumerate(turns) if turn == number]
+            if own:
+                own_r = upload(own, device)
+                logits_RV[own_r] = module.logits(states.normed_NH[wanted_R[own_r]])
         return logits_RV
+
+
+class MTPRunner(HeadRunner):
+    """Tells the modules which step each row is, and who begins behind a gap."""
+
+    def __init__(self, network: MTPNetwork, pool: KVPool) -> None:
+        super().__init__(network, pool)
+        self._modules = network
+
+    def forward(
+        self,
+        pieces: list[HeadPiece],
+        tokens_N: Tensor,
+        inputs_ND: Tensor,
+        layout: Layout,
+        wanted_R: Tensor,
+    ) -> HeadOutput:
+        is_behind_gap_N = None
+        if any(piece.is_behind_gap for piece in pieces):
+            is_behind = [
+                int(piece.is_behind_gap)
+                for piece in pieces
+                for _ in range(len(piece.chain) + len(piece.tree))
+            ]
+            is_behind_gap_N = upload(is_behind, tokens_N.device).bool()
+        return self._modules.forward(
+            tokens_N,
+            inputs_ND,
+            layout,
+            self.pool.layers,
+            wanted_R,
+            list(steps_of(pieces)),
+            is_behind_gap_N,
+        )
+
+
+class _Rows(NamedTuple):
+    """Tokens of the rows of a pass, and where they stand.
+
+    Attributes:
+        is_behind_gap_N: see `MTPNetwork.forward`.
+    """
+
+    tokens_N: Tensor
+    layout: Layout
+    is_behind_gap_N: Tensor | None
+
+    def picked(self, rows_n: Tensor, layout: Layout) -> "_Rows":
+        """Some of them."""
+        is_behind_N = self.is_behind_gap_N
+        is_behind_n = None if is_behind_N is None else is_behind_N[rows_n]
+        return _Rows(self.tokens_N[rows_n], layout, is_behind_n)
+
+    def is_first_N(self) -> Tensor:
+        """The row of position 0."""
+        is_first_N = self.layout.positions_N == 0
+        if self.is_behind_gap_N is not None:
+            is_first_N &= ~self.is_behind_gap_N
+        return is_first_N
 
 
 class _States(NamedTuple):
@@ -223,16 +291,14 @@ class MTPModule:
         has_embedding = conventions.embedding == "own"
         self._embedding_VH = own.get("embed_tokens.weight") if has_embedding else None
 
-    def __call__(
-        self, tokens_N: Tensor, feature_NH: Tensor, layout: Layout, kv: LayerKV
-    ) -> _States:
-        embedding_NH = self._embed(tokens_N)
+    def __call__(self, rows: _Rows, feature_NH: Tensor, kv: LayerKV) -> _States:
+        embedding_NH = self._embed(rows.tokens_N)
         if self._conventions.is_first_embedding_zero:
-            embedding_NH = embedding_NH.masked_fill((layout.positions_N == 0).unsqueeze(1), 0.0)
+            embedding_NH = embedding_NH.masked_fill(rows.is_first_N().unsqueeze(1), 0.0)
         parts = [self._embedding_norm(embedding_NH), self._feature_norm(feature_NH)]
         if self._conventions.concatenation == "feature-first":
             parts.reverse()
-        hidden_NH = self._layer(self._fc(torch.cat(parts, dim=1)), layout, kv)
+        hidden_NH = self._layer(self._fc(torch.cat(parts, dim=1)), rows.layout, kv)
         normed_NH = self._norm(hidden_NH)
         is_normed = self._conventions.feedback == "post-norm"
         return _States(normed_NH, normed_NH if is_normed else hidden_NH)

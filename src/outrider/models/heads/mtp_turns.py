@@ -3,8 +3,13 @@
 Module m's first row is row m (see `MTPNetwork`): its sequence begins at place m of the pool.
 """
 
+from array import array
+from collections.abc import Iterator, Sequence as Items
 from itertools import chain
 
+import numpy as np
+
+from outrider.models.heads.network import HeadPiece
 from outrider.ops.base import Span, slots_of
 
 
@@ -31,13 +36,30 @@ def parent_slots(spans: list[Span]) -> list[int]:
     return [slot for span in spans for slot in _parents(span)]
 
 
+def steps_of(pieces: Items[HeadPiece]) -> Iterator[int]:
+    """Per row whose logits are wanted, how many drafted tokens it has read."""
+    for piece in pieces:
+        if piece.wants_logits:
+            steps = [piece.num_drafted]
+            for parent in piece.tree.parents:
+                steps.append(steps[parent + 1] + 1)
+            yield from steps
+
+
+def _slots(span: Span, first: int) -> "array[int]":
+    """Of the sequence's places from `first` on; numpy's, for contexts are long."""
+    size, stop = span.block_size, span.num_cached + span.num_rows
+    blocks = np.asarray(span.blocks, dtype=np.int32)[: -(-stop // size), None]
+    slots = (blocks * size + np.arange(size, dtype=np.int32)).ravel()[first:stop]
+    return array("i", slots.tobytes())
+
+
 def _from_place(span: Span, first: int) -> Span:
     """The sequence without its first places."""
     if not first:
         return span
-    num_places = span.num_cached + span.num_rows
     return Span(
-        slots_of(span.blocks, span.block_size, first, num_places),
+        _slots(span, first),
         max(span.num_cached - first, 0),
         span.num_chain - max(first - span.num_cached, 0),
         span.parents,

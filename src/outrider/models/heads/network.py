@@ -84,6 +84,9 @@ class HeadPiece(NamedTuple):
         tree: rows of draft nodes below the last of the chain; node tokens and parents.
         inputs_PD: of the chain's rows and then the nodes'.
         wants_logits: of the chain's last row and of the nodes.
+        num_drafted: how many drafted tokens the chain's last row has read; nodes go on from there.
+        is_behind_gap: whether the row in place 0 is not that of position 0.
+        wants_argmax: of the rows with logits, as who draws from their laws does not.
     """
 
     table: Blocks
@@ -92,6 +95,9 @@ class HeadPiece(NamedTuple):
     tree: DraftTree
     inputs_PD: Tensor
     wants_logits: bool
+    num_drafted: int = 0
+    is_behind_gap: bool = False
+    wants_argmax: bool = True
 
 
 class HeadRunner:
@@ -103,12 +109,15 @@ class HeadRunner:
 
     @torch.inference_mode()
     def run(self, pieces: list[HeadPiece]) -> tuple[TargetOutput, Tensor]:
-        """One pass; output as a target's, and feedback_ND of all rows, piece after piece."""
+        """One pass; output as a target's, and feedback_ND of all rows, piece after piece.
+
+        Where nobody wants argmax tokens, there are none.
+        """
         spans: list[Span] = []
         tokens: list[int] = []
         wanted: list[int] = []
         first: list[int] = []
-        for table, num_cached, chain, tree, _, wants_logits in pieces:
+        for table, num_cached, chain, tree, _, wants_logits, *_ in pieces:
             first.append(len(wanted) if wants_logits else -1)
             tokens += chain
             root = len(tokens) - 1
@@ -118,12 +127,24 @@ class HeadRunner:
             spans.append(Span(table.blocks, num_cached, len(chain), tree.parents, table.block_size))
         network = self.network
         device = network.spec.device
-        logits_RV, feedback_ND = network.forward(
+        logits_RV, feedback_ND = self.forward(
+            pieces,
             upload(tokens, device),
             torch.cat([piece.inputs_PD for piece in pieces]),
             network.ops.layout(spans, device),
-            self.pool.layers,
             upload(wanted, device),
         )
-        argmax_R = network.ops.argmax(logits_RV) if wanted else []
+        is_asked = any(piece.wants_logits and piece.wants_argmax for piece in pieces)
+        argmax_R = network.ops.argmax(logits_RV) if is_asked else []
         return TargetOutput(logits_RV, first, argmax_R), feedback_ND
+
+    def forward(
+        self,
+        pieces: list[HeadPiece],
+        tokens_N: Tensor,
+        inputs_ND: Tensor,
+        layout: Layout,
+        wanted_R: Tensor,
+    ) -> HeadOutput:
+        """The network's own; one that must know more of the pieces has a runner that tells it."""
+        return self.network.forward(tokens_N, inputs_ND, layout, self.pool.layers, wanted_R)

@@ -9,7 +9,7 @@ from typing import Any
 
 from outrider.errors import ConfigError, unknown
 from outrider.models.heads.given import Given
-from outrider.models.heads.spec import Conventions, HeadSpec
+from outrider.models.heads.spec import Conventions, Family, HeadSpec
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,31 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "is_first_embedding_zero": (False, True),
 }
 NAMES = tuple(field.name for field in fields(Conventions))
+OF_PARTS = ("lm_head", "embedding")
+OF_LAYERS = ("rope_style", "rope_origin", "norm_gain", *OF_PARTS)
+OF_FEATURES = ("feature_layers", "norm_before_residual", "input_norm", "vocabulary_map")
+# What a family's forward honours; any other convention would be laid down for nothing.
+APPLIES: Mapping[Family, tuple[str, ...]] = {
+    Family.EAGLE: ("input_state", "concatenation", *OF_LAYERS),
+    Family.EAGLE3: ("feedback", *OF_FEATURES, *OF_LAYERS),
+    Family.PEAGLE: (*OF_FEATURES, *OF_LAYERS),
+    Family.BLOCK: (
+        "feature_layers",
+        "block_masks",
+        "sample_from_anchor",
+        "vocabulary_map",
+        *OF_LAYERS,
+    ),
+    Family.MEDUSA: ("input_state", "lm_head"),
+    Family.MTP: (
+        "feedback",
+        "input_state",
+        "concatenation",
+        "is_first_embedding_zero",
+        *OF_LAYERS,
+    ),
+    Family.KV: ("feedback", "input_state", "concatenation", "lm_head"),
+}
 
 
 def read_pins(folder: Path) -> dict[str, Any]:
@@ -63,8 +88,9 @@ def check_pins(pins: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lay_down(given: Given, spec: HeadSpec) -> HeadSpec:
-    """The head with the pinned conventions. ConfigError if its tensors cannot be run so."""
+    """The head with the pinned conventions. ConfigError if it cannot be run so."""
     pinned = dict(given.pinned)
+    _check_family(spec, pinned)
     _check_layers(given, spec, pinned.get("feature_layers"))
     _check_masks(spec, pinned.get("block_masks"))
     _check_tensors(given, spec, pinned)
@@ -74,6 +100,19 @@ def lay_down(given: Given, spec: HeadSpec) -> HeadSpec:
         assumed=spec.assumed - pinned.keys(),
         pinned=frozenset(pinned),
     )
+
+
+def _check_family(spec: HeadSpec, pinned: Mapping[str, Any]) -> None:
+    """ConfigError for a convention that heads of this family do not follow."""
+    known = APPLIES[spec.family]
+    if spec.family is Family.EAGLE3 and not spec.widths.num_features:
+        known = ("input_state", *known)  # it reads the last state, as EAGLE-1 does
+    for name, value in pinned.items():
+        if name not in known:
+            raise ConfigError(
+                f"convention {name}={value!r}: means nothing to a head of the family "
+                f"{spec.family}, which follows {', '.join(known)}: drop it"
+            )
 
 
 def _checked(name: str, value: Any) -> Any:
