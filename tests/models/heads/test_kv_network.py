@@ -136,6 +136,24 @@ def check_chain(target, head):
         inputs = list(feedback_NH.split(1))
 
 
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_a_fused_pass_and_its_twin(options):
+    """Mixed lengths and trees, twice over the same pool."""
+    target = tiny_decoder(3, kernels="cpu")
+    runner, sides = setting(target, random_head(target, **options))
+    pieces = [whole_tree(runner, side) for side in sides]
+    num_keys = [side.num_keys for side in sides]
+    network = runner.network
+    assert (network._fused is not None) == network.head_spec.kv.sees_drafts
+    for _ in range(2):
+        output, feedback_NH = runner.run(pieces, num_keys)
+        network._fused, fused = None, network._fused
+        slow, slow_NH = runner.run(pieces, num_keys)
+        network._fused = fused
+        assert_near(output.logits_NV, slow.logits_NV)
+        assert_near(feedback_NH, slow_NH)
+
+
 @pytest.mark.parametrize("sees_drafts", [True, False])
 def test_a_node_of_a_tree_is_the_end_of_its_path(sees_drafts):
     target = tiny_decoder(3)

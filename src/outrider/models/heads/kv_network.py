@@ -17,7 +17,6 @@ C of the head.
 """
 
 from collections.abc import Iterator, Sequence as Items
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,14 +25,15 @@ from torch import Tensor
 from outrider.cache.pool import KVPool
 from outrider.errors import ConfigError, PairError
 from outrider.models.base import KVShape
-from outrider.models.decoder import MLP, Decoder, RMSNorm
-from outrider.models.heads.kv_head import KVHeadShape, KVHeadSpec
+from outrider.models.decoder import Decoder, RMSNorm
+from outrider.models.heads.kv_head import KVHeadSpec
+from outrider.models.heads.kv_layer import KVLayer
 from outrider.models.heads.network import HeadOutput, HeadPiece
 from outrider.models.heads.spec import Head
-from outrider.models.rope import RopeTable, Turn, rotate_
+from outrider.models.rope import RopeTable
 from outrider.models.runner import upload
 from outrider.models.weights import Weights
-from outrider.ops.base import LayerKV, Layout, Linear, Ops, Span
+from outrider.ops.base import DecoderParts, Entry, LayerKV, Layout, Linear, Ops, Span
 from outrider.step import TargetOutput
 
 
@@ -82,6 +82,8 @@ class KVNetwork:
         self._norm = RMSNorm(weights.take("norm.weight"), eps)
         self._output = self._own("output.weight", weights, "output.weight" in head.tensors)
         self._lm_head = self._own("lm_head.weight", weights, spec.conventions.lm_head == "own")
+        self._fused = self.ops.fuse(self._parts()) if self._is_decoder() else None
+        self._pools: list[LayerKV] = []
         ids_C = head.tensors.get("target_ids")
         self._ids_C = None if ids_C is None else ids_C.to(device)
 
@@ -122,20 +124,79 @@ class KVNetwork:
             kv: of all layers of the target.
             wanted_R: rows whose logits are wanted; None for all.
         """
+        if self._fused is None:
+            return self.forward_by_layer(tokens_N, inputs_NH, rows, kv, wanted_R)
+        passed = self._fused(
+            tokens_N,
+            rows.seeing,
+            self._own_pools(kv),
+            rows.seeing.positions_N[:0],
+            *self._rope.tables(rows.standing),
+            entry=Entry(self._enter(tokens_N, inputs_NH)),
+            taps=(len(self._layers),),
+        )
+        return self._leave(passed.tapped_AND[0], wanted_R)
+
+    @torch.inference_mode()
+    def forward_by_layer(
+        self,
+        tokens_N: Tensor,
+        inputs_NH: Tensor,
+        rows: Rows,
+        kv: Items[LayerKV],
+        wanted_R: Tensor | None = None,
+    ) -> HeadOutput:
+        """As `forward`, one operation at a time: the twin of a fused pass."""
+        hidden_Nh = self._enter(tokens_N, inputs_NH)
+        turn = self._rope.at(rows.standing)
+        for layer, j in zip(self._layers, self.head_spec.kv.kv_layers, strict=True):
+            hidden_Nh = layer(hidden_Nh, turn, rows.seeing, kv[j])
+        return self._leave(hidden_Nh, wanted_R)
+
+    def _enter(self, tokens_N: Tensor, inputs_NH: Tensor) -> Tensor:
         both = (
             self._embedding_norm(self.target.embed(tokens_N)),
             self._feature_norm(inputs_NH),
         )
         is_embedding_first = self.head_spec.conventions.concatenation == "embedding-first"
-        hidden_Nh = self._fc(torch.cat(both if is_embedding_first else both[::-1], dim=-1))
-        turn = self._rope.at(rows.standing)
-        for layer, j in zip(self._layers, self.head_spec.kv.kv_layers, strict=True):
-            hidden_Nh = layer(hidden_Nh, turn, rows.seeing, kv[j])
+        return self._fc(torch.cat(both if is_embedding_first else both[::-1], dim=-1))
+
+    def _leave(self, hidden_Nh: Tensor, wanted_R: Tensor | None) -> HeadOutput:
         state_NH = self._hand_on(self._norm(hidden_Nh))
         is_normed = self.head_spec.conventions.feedback == "post-norm"
         feedback_NH = state_NH if is_normed else self._hand_on(hidden_Nh)
         state_RH = state_NH if wanted_R is None else state_NH.index_select(0, wanted_R)
         return HeadOutput(self._logits(state_RH), feedback_NH)
+
+    def _is_decoder(self) -> bool:
+        """Whether its layers are those of an ordinary decoder over the target's KV."""
+        kv = self.head_spec.kv
+        return kv.sees_drafts and kv.key_width == kv.value_width
+
+    def _own_pools(self, kv: Items[LayerKV]) -> list[LayerKV]:
+        """Of the layers that are read; the same list every time, by which a fused pass knows it."""
+        first = kv[self.head_spec.kv.kv_layers[0]]
+        if not self._pools or self._pools[0] is not first:
+            self._pools = [kv[j] for j in self.head_spec.kv.kv_layers]
+        return self._pools
+
+    def _parts(self) -> DecoderParts:
+        """For kernels that fuse; they embed nothing, and last norm and head come after them."""
+        kv, config = self.head_spec.kv, self.target.config
+        unused_1h = self._norm.weight.new_zeros(1, self.head_spec.widths.hidden)
+        return DecoderParts(
+            num_heads=kv.num_heads,
+            num_kv_heads=kv.num_kv_heads,
+            head_dim=kv.key_width,
+            intermediate_size=kv.intermediate_size,
+            norm_eps=kv.norm_eps,
+            attention_scale=config.attention_scale,
+            rotated_width=config.rope.width,
+            embedding_VD=unused_1h,
+            final_norm_D=unused_1h[0],
+            head=self.ops.linear(unused_1h),
+            layers=[layer.parts() for layer in self._layers],
+        )
 
     def _own(self, name: str, weights: Weights, is_used: bool) -> Linear | None:
         return self.ops.linear(weights.take_product(name)) if is_used else None
@@ -153,60 +214,6 @@ class KVNetwork:
             return logits_RC
         logits_RV = logits_RC.new_full((len(logits_RC), self.spec.vocab_size), float("-inf"))
         return logits_RV.index_copy_(1, self._ids_C, logits_RC)
-
-
-class KVLayer:
-    """Attention to one layer of the target's KV, and a feed-forward, each behind its norm."""
-
-    def __init__(self, shape: KVHeadShape, index: int, target: Decoder, weights: Weights) -> None:
-        prefix, config, eps = f"layers.{index}.", target.config, shape.norm_eps
-        self._ops = target.ops
-        self._shape = shape
-        self._attention_norm = RMSNorm(weights.take(f"{prefix}input_layernorm.weight"), eps)
-        parts = ("q", "k", "v") if shape.sees_drafts else ("q",)
-        names = [f"{prefix}self_attn.{part}_proj.weight" for part in parts]
-        self._qkv = self._ops.linear(weights.take_product(*names))
-        self._head_norms = [
-            RMSNorm(weights.take(f"{prefix}self_attn.{part}_norm.weight"), eps)
-            for part in parts[:2]
-            if shape.has_qk_norm
-        ]
-        self._out = self._ops.linear(weights.take_product(f"{prefix}self_attn.o_proj.weight"))
-        self._mlp_norm = RMSNorm(weights.take(f"{prefix}post_attention_layernorm.weight"), eps)
-        plain = replace(config, is_fused=False, has_mlp_bias=False)
-        self._mlp = MLP(plain, weights, f"{prefix}mlp.", self._ops)
-        self._read = config.layers[shape.kv_layers[index]]
-        self._scale = config.attention_scale
-
-    def __call__(self, hidden_Nh: Tensor, turn: Turn, seeing: Layout, kv: LayerKV) -> Tensor:
-        normed_Nh = self._attention_norm(hidden_Nh)
-        hidden_Nh = hidden_Nh + self._attend(normed_Nh, turn, seeing, kv)
-        return hidden_Nh + self._mlp(self._mlp_norm(hidden_Nh))
-
-    def _attend(self, normed_Nh: Tensor, turn: Turn, seeing: Layout, kv: LayerKV) -> Tensor:
-        shape = self._shape
-        qkv_NX = self._qkv(normed_Nh)
-        num_turned = shape.num_heads + (shape.num_kv_heads if shape.sees_drafts else 0)
-        split = num_turned * shape.key_width
-        turned_NXD = self._turned(qkv_NX[:, :split], turn)
-        if shape.sees_drafts:
-            keys_NGD = turned_NXD[:, shape.num_heads :]
-            values_NGE = qkv_NX[:, split:].unflatten(1, (shape.num_kv_heads, -1))
-            self._ops.write_kv(kv, keys_NGD, values_NGE, seeing)
-        query_NJD = turned_NXD[:, : shape.num_heads]
-        out_NJE = self._ops.attend(
-            query_NJD, kv, seeing, scale=self._scale, window=self._read.window
-        )
-        return self._out(out_NJE.flatten(1))
-
-    def _turned(self, flat_NX: Tensor, turn: Turn) -> Tensor:
-        """Heads of queries, and of keys behind them if there are any, normed and turned."""
-        heads_NXD = flat_NX.unflatten(1, (-1, self._shape.key_width))
-        if self._head_norms:
-            parts = heads_NXD.tensor_split((self._shape.num_heads,), dim=1)
-            normed = [norm(part) for norm, part in zip(self._head_norms, parts, strict=False)]
-            heads_NXD = torch.cat(normed, dim=1)
-        return rotate_(heads_NXD, turn) if self._read.has_rope else heads_NXD
 
 
 class KVRunner:
