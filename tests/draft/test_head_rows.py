@@ -55,7 +55,10 @@ def observe(rows, commits, states, is_open=lambda seq: True):
 
 def waiting(state):
     """Positions of the features that wait."""
-    return (torch.cat(state.waiting)[:, 0] - 7000).tolist() if state.waiting else []
+    pieces = [*state.waiting, *map(read, state.unread)]
+    found = [int(value) - 7000 for piece in pieces for value in piece[:, 0]]
+    assert len(found) == state.num_waiting
+    return found
 
 
 def run_due(rows, seq, state, count=None):
@@ -252,12 +255,36 @@ def test_too_many_that_wait_are_run_all_but_one(monkeypatch):
     assert overdue.num_rows == 5
 
 
+def test_features_are_read_when_rows_are_run_and_all_in_one_go():
+    """A sequence that nobody drafts for costs next to nothing."""
+    rows, one, other = rows_of(), sequence(range(30)), sequence(range(100, 130))
+    num_read, read = [], rows._read
+
+    def counting(tapped_ARH):
+        num_read.append(tapped_ARH.shape[1])
+        return read(tapped_ARH)
+
+    rows._read = counting
+    for at in range(4):
+        observe(rows, [Commit(one), Commit(other)], position_states([at, at], [1, 1]))
+    assert num_read == []
+    states = rows.state(one), rows.state(other)
+    rows.read(states)
+    rows.read(states)
+    assert num_read == [8]
+    assert [waiting(state) for state in states] == [[0, 1, 2, 3]] * 2
+    observe(rows, [Commit(one)], position_states([4], [1]))
+    run_due(rows, one, states[0])
+    assert num_read == [8, 1]
+    assert states[0].num_waiting == 0
+
+
 def test_many_short_steps_stand_in_few_tensors():
     rows, seq = rows_of(), sequence(range(60))
     for at in range(50):
         observe(rows, [Commit(seq)], position_states([at], [1]))
     state = rows.state(seq)
-    assert len(state.waiting) <= 17
+    assert len(state.unread) <= 17
     assert waiting(state) == list(range(50))
 
 

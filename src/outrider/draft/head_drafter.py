@@ -96,6 +96,7 @@ class HeadDrafter:
         planned = zip(rows, plan, strict=True)
         courses = [self._start(row.seq, part) for row, part in planned]
         begun = [course for course in courses if course is not None]
+        self.rows.read([course.state for course in begun])
         self._run_first(begun)
         depth, active = 1, [course for course in begun if not course.is_done]
         while active:
@@ -241,6 +242,7 @@ class HeadDrafter:
     def _run_overdue(self, overdue: list[Overdue]) -> list[Overdue]:
         """One pass without logits; returns what is still to be run."""
         budget, pieces, left = MAX_ROWS, [], []
+        self.rows.read([part.state for part in overdue])
         for seq, state, num_rows in overdue:
             count = min(budget, num_rows)
             if not self.rows.reserve(state, count):

@@ -35,19 +35,20 @@ class RowState:
         num_skipped: rows whose features never came. Slots leave them out, so those behind a gap
             are nearer to those before it than they should be, and no other sequence may have them.
         num_rows: rows with KV; what stands behind them in the pool is void.
-        waiting: what the next rows are fed with, in order; the last of them may lack its token yet.
+        num_waiting: rows whose features are here; the last of them may lack its token yet.
+        waiting: what the first of those are fed with, in order.
+        unread: features of the others, tapped_ARH as the target showed them. They are read when
+            rows are run: a sequence that nobody drafts for costs next to nothing.
         ranker: ranks greedy drafts; made when first needed.
     """
 
     table: BlockTable
     num_skipped: int = 0
     num_rows: int = 0
+    num_waiting: int = 0
     waiting: list[Tensor] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)
     ranker: Shaper | None = None
-
-    @property
-    def num_waiting(self) -> int:
-        return sum(len(inputs_RD) for inputs_RD in self.waiting)
 
     @property
     def next_row(self) -> int:
@@ -142,12 +143,25 @@ class HeadRows:
         ]
         if not taken:
             return []
-        inputs_ND = self._read(self._picked(states, [row for _, _, rows in taken for row in rows]))
-        parts = inputs_ND.split([len(rows) for _, _, rows in taken])
-        for (_, state, _), inputs_RD in zip(taken, parts, strict=True):
-            _append(state, inputs_RD)
+        tapped_AND = self._picked(states, [row for _, _, rows in taken for row in rows])
+        parts = tapped_AND.split([len(rows) for _, _, rows in taken], dim=1)
+        for (_, state, _), tapped_ARH in zip(taken, parts, strict=True):
+            _append(state, tapped_ARH)
         overdue = [self._overdue(commit, state) for commit, state, _ in taken]
         return [part for part in overdue if part.num_rows]
+
+    @torch.inference_mode()
+    def read(self, states: Items[RowState]) -> None:
+        """Makes features into what rows are fed with, of all these sequences in one go."""
+        behind = [state for state in states if state.unread]
+        if not behind:
+            return
+        parts = [torch.cat(s.unread, dim=1) if len(s.unread) > 1 else s.unread[0] for s in behind]
+        inputs_ND = self._read(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        split = inputs_ND.split([part.shape[1] for part in parts])
+        for state, inputs_RD in zip(behind, split, strict=True):
+            state.waiting.append(inputs_RD)
+            state.unread = []
 
     def num_due(self, seq: Sequence, state: RowState) -> int:
         """Rows that can be run: their features and their tokens are there."""
@@ -160,6 +174,7 @@ class HeadRows:
 
     def due(self, seq: Sequence, state: RowState, count: int) -> tuple[list[int], Tensor]:
         """Tokens and inputs_RD of the next rows to run."""
+        self.read([state])
         if len(state.waiting) > 1:
             state.waiting = [torch.cat(state.waiting)]
         first = state.next_row + 1
@@ -173,6 +188,7 @@ class HeadRows:
         """The next `count` rows have KV now, and were the first of `due`."""
         left_RD = state.waiting[0][count:]
         state.waiting = [left_RD.clone()] if len(left_RD) else []
+        state.num_waiting -= count
         state.num_rows += count
 
     def publish(self, seq: Sequence, state: RowState) -> None:
@@ -183,7 +199,7 @@ class HeadRows:
     def give_up(self, state: RowState) -> None:
         """Rows that wait will not be run."""
         state.num_skipped += state.num_waiting
-        state.waiting = []
+        state.num_waiting, state.waiting, state.unread = 0, [], []
         self.num_gaps += 1
 
     def close(self, seq: Sequence) -> None:
@@ -198,6 +214,7 @@ class HeadRows:
     def save(self, seq: Sequence, state: RowState) -> dict[str, Any]:
         """All of it, on the host: KV of the rows, and what those that wait are fed with."""
         slots = upload(state.table.slots(0, state.num_rows), self.pool.device)
+        self.read([state])
         return {
             "tokens": list(seq.tokens),
             "num_skipped": state.num_skipped,
@@ -225,6 +242,7 @@ class HeadRows:
             kept_RD = waiting_RD[begin:end] if 0 <= begin < end else waiting_RD[:0]
             if len(kept_RD):
                 state.waiting = [kept_RD.to(self.pool.layers[0].keys)]
+                state.num_waiting = len(kept_RD)
         return state.next_position
 
     def _fill(
@@ -283,7 +301,7 @@ class HeadRows:
         start = states.num_cached[index]
         gap = start - state.next_position
         if gap > 0:
-            if state.waiting:
+            if state.num_waiting:
                 self.give_up(state)
             state.num_skipped += gap
             self.num_gaps += 1
@@ -342,10 +360,11 @@ class FromSecond(Items[int]):
         return self._tokens[places.start : places.stop : places.step]
 
 
-def _append(state: RowState, inputs_RD: Tensor) -> None:
-    state.waiting.append(inputs_RD)
-    if len(state.waiting) > MAX_PIECES:
-        state.waiting = [torch.cat(state.waiting)]
+def _append(state: RowState, tapped_ARH: Tensor) -> None:
+    state.unread.append(tapped_ARH)
+    state.num_waiting += tapped_ARH.shape[1]
+    if len(state.unread) > MAX_PIECES:
+        state.unread = [torch.cat(state.unread, dim=1)]
 
 
 def _rows(states: States, index: int, commit: Commit) -> list[int]:

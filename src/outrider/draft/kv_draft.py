@@ -48,11 +48,13 @@ class LastFeature:
     """What is kept of one sequence.
 
     Attributes:
-        feature_H: what the head reads of the last position that the target has run; None before.
+        state_H: the target's, of the last position that it has run; None before.
+        feature_H: what the head reads of it; None until a draft wants it.
         position: its place in the sequence.
         ranker: what greedy drafts rank by, made when first needed: it follows the token log.
     """
 
+    state_H: Tensor | None = None
     feature_H: Tensor | None = None
     position: int = -1
     ranker: Shaper | None = None
@@ -106,6 +108,7 @@ class KVDrafter:
         seq.drafter_state[self.name] = LastFeature()
 
     def draft(self, rows: Items[Row], plan: Plan) -> list[DraftTree]:
+        self._read([row.seq.drafter_state.get(self.name) for row in rows])
         planned = zip(rows, plan, strict=True)
         courses = [self._start(row.seq, part) for row, part in planned]
         active = [course for course in courses if course is not None]
@@ -128,10 +131,11 @@ class KVDrafter:
         if not found:
             return
         tapped_ND = states.tapped_AND[states.boundaries.index(self.boundaries[0])]
+        # A copy, so that the states of the whole pass can go.
         rows_R = upload([last.row for _, last in found], tapped_ND.device)
-        features_RH = self.runner.network.read(tapped_ND.index_select(0, rows_R))
-        for (state, last), feature_H in zip(found, features_RH.unbind(), strict=True):
-            state.feature_H, state.position = feature_H, last.position
+        states_RH = tapped_ND.index_select(0, rows_R)
+        for (state, last), state_H in zip(found, states_RH.unbind(), strict=True):
+            state.state_H, state.feature_H, state.position = state_H, None, last.position
 
     def close(self, seq: Sequence) -> None:
         seq.drafter_state.pop(self.name, None)
@@ -139,6 +143,7 @@ class KVDrafter:
     def snapshot(self, seq: Sequence) -> Snapshot | None:
         """The feature alone: whoever restores must have the target's KV too."""
         state = seq.drafter_state.get(self.name)
+        self._read([state])
         if not isinstance(state, LastFeature) or state.feature_H is None:
             return None
         kept_H = state.feature_H.to("cpu", copy=True)  # a view would carry its neighbours along
@@ -152,6 +157,20 @@ class KVDrafter:
         state.feature_H = snapshot.state.to(self.spec.device, self.spec.dtype)
         state.position = snapshot.num_tokens - 1
         return snapshot.num_tokens
+
+    @torch.inference_mode()
+    def _read(self, states: Items[object]) -> None:
+        """Makes last states into features, all in one go, where that was not done yet."""
+        found = [
+            (state, state.state_H)
+            for state in states
+            if isinstance(state, LastFeature) and state.state_H is not None
+        ]
+        if not found:
+            return
+        features_RH = self.runner.network.read(torch.stack([state_H for _, state_H in found]))
+        for (state, _), feature_H in zip(found, features_RH.unbind(), strict=True):
+            state.state_H, state.feature_H = None, feature_H
 
     def _start(self, seq: Sequence, plan: RowPlan) -> "KVCourse | None":
         """None where KV or feature of a committed token is missing: it is decoded plainly."""

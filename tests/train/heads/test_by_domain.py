@@ -51,6 +51,11 @@ def test_a_draft_that_is_the_target_stands_wherever_it_is_drafted(target):
         assert domains[ALL].same_share == 1.0
     lines = served_table(found).splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["in the engine", "---", "a", "b", ALL]
+    assert len(served_table(found._replace(kinds=one_domain(found))).splitlines()) == 3
+
+
+def one_domain(found):
+    return {kind: {"a": domains["a"], ALL: domains["a"]} for kind, domains in found.kinds.items()}
 
 
 def test_a_run_ends_in_the_engine(target, data, tmp_path):

@@ -99,7 +99,9 @@ def served_table(found: ByDomain) -> str:
     """Markdown: by domain, acceptance lengths and, at temperature 1, rates by place."""
     depths = [str(depth) for depth in range(1, found.num_draft_tokens + 1)]
     rows = []
-    for domain, sampled in found.kinds["sampled"].items():
+    domains = found.kinds["sampled"]
+    for domain in domains if len(domains) > 2 else (ALL,):
+        sampled = domains[domain]
         greedy = found.kinds["greedy"][domain]
         lengths = f"{sampled.acceptance_length:.2f}", f"{greedy.acceptance_length:.2f}"
         rows.append([domain, *lengths, *map(rate, sampled.joint), str(sampled.num_drafts)])
