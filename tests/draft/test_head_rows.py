@@ -5,7 +5,8 @@ import torch
 
 from outrider.cache.pool import KVPool
 from outrider.cache.table import BlockManager
-from outrider.draft.head_rows import FromSecond, HeadRows
+from outrider.draft.head_rows import HeadRows
+from outrider.draft.row_keys import FromSecond
 from outrider.request import Request, SamplingParams
 from outrider.sequence import Sequence
 from outrider.step import Commit, States, TargetOutput

@@ -20,7 +20,7 @@ from outrider.draft.block_course import Asked, PathGrower, Step, SureLine
 from outrider.draft.feeding import Fed, Grower, MarginalGrower, by_depth, feed
 from outrider.draft.growth import Line, plant
 from outrider.draft.head_drafter import HeadDrafter, find_head, find_target
-from outrider.draft.head_rows import RowState
+from outrider.draft.row_state import RowState
 from outrider.errors import ConfigError
 from outrider.models.heads.block_network import BlockNetwork, BlockOutput
 from outrider.models.heads.network import HeadPiece, HeadRunner

@@ -9,7 +9,7 @@ from outrider.draft.base import Surroundings
 from outrider.draft.growth import Growth
 from outrider.draft.head_course import HeadCourse, HeadMaskCourse
 from outrider.draft.head_drafter import HeadDrafter, find_head, find_target, with_pool
-from outrider.draft.head_rows import RowState
+from outrider.draft.row_state import RowState
 from outrider.models.heads.eagle_network import EagleNetwork
 from outrider.models.heads.network import HeadRunner
 from outrider.sequence import Sequence

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outrider.draft.feeding import NO_PEAKS, Grower, MarginalGrower, argmax_line, by_depth
 from outrider.draft.growth import Growth
-from outrider.draft.head_rows import RowState
+from outrider.draft.row_state import RowState
 from outrider.models.heads.network import HeadPiece
 from outrider.models.runner import upload
 from outrider.sampling.shaper import Shaper

@@ -19,7 +19,9 @@ from outrider.draft.base import Snapshot, Surroundings, Warmth
 from outrider.draft.feeding import Fed, feed, make_ranker, needs_ranker
 from outrider.draft.growth import Growth, Line, plant
 from outrider.draft.head_course import HeadCourse, HeadLineCourse, HeadTreeCourse
-from outrider.draft.head_rows import HeadRows, Overdue, RowState, salt_of
+from outrider.draft.head_rows import HeadRows, Overdue
+from outrider.draft.row_keys import salt_of
+from outrider.draft.row_state import RowState
 from outrider.draft.warm import PrefixCache
 from outrider.errors import ConfigError
 from outrider.models.base import ModelSpec, ShowsStates

@@ -8,57 +8,20 @@ R rows of one sequence, D width of what a row is fed with.
 """
 
 from collections.abc import Callable, Sequence as Items
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from outrider.cache.pool import KVPool
-from outrider.cache.table import BlockManager, BlockTable
+from outrider.cache.table import BlockManager
+from outrider.draft.row_keys import FromSecond, num_common, salt_of_log
+from outrider.draft.row_state import RowState
 from outrider.models.runner import upload
-from outrider.sampling.shaper import Shaper
 from outrider.sequence import Sequence
 from outrider.step import Commit, States, TargetOutput
 
-MAX_WAITING = (
-    256  # rows of a sequence that wait; more are run at once, for their features are large
-)
-MAX_PIECES = 16  # tensors that they stand in, each of which keeps a whole step's alive
-
-
-@dataclass(eq=False)
-class RowState:
-    """One sequence in a head's pool. The next row goes to slot `num_rows`.
-
-    Attributes:
-        num_skipped: rows whose features never came. Slots leave them out, so those behind a gap
-            are nearer to those before it than they should be, and no other sequence may have them.
-        num_rows: rows with KV; what stands behind them in the pool is void.
-        num_waiting: rows whose features are here; the last of them may lack its token yet.
-        waiting: what the first of those are fed with, in order.
-        unread: features of the others, tapped_ARH as the target showed them. They are read when
-            rows are run: a sequence that nobody drafts for costs next to nothing.
-        ranker: ranks greedy drafts; made when first needed.
-    """
-
-    table: BlockTable
-    num_skipped: int = 0
-    num_rows: int = 0
-    num_waiting: int = 0
-    waiting: list[Tensor] = field(default_factory=list)
-    unread: list[Tensor] = field(default_factory=list)
-    ranker: Shaper | None = None
-
-    @property
-    def next_row(self) -> int:
-        """Position of the first row without KV."""
-        return self.num_skipped + self.num_rows
-
-    @property
-    def next_position(self) -> int:
-        """Of the feature that comes next."""
-        return self.next_row + self.num_waiting
+MAX_WAITING = 256  # rows of a sequence; more are run at once, for their features are large
 
 
 class Overdue(NamedTuple):
@@ -106,7 +69,7 @@ class HeadRows:
 
     def num_known(self, seq: Sequence) -> int:
         """Rows at the start of the log that another sequence has left in the pool."""
-        return self.manager.match(FromSecond(seq.tokens), _salt(seq))
+        return self.manager.match(FromSecond(seq.tokens), salt_of_log(seq))
 
     def state(self, seq: Sequence) -> RowState:
         """What is kept for it; at first the rows that the pool knows, or those of its prompt."""
@@ -114,7 +77,7 @@ class HeadRows:
         if state is None:
             state = self._forked(seq)
             if state is None:
-                table, num_rows = self.manager.open(FromSecond(seq.tokens), _salt(seq))
+                table, num_rows = self.manager.open(FromSecond(seq.tokens), salt_of_log(seq))
                 state = RowState(table, num_rows=num_rows)
             seq.drafter_state[self._name] = state
             self._follows_no_more(seq)
@@ -146,7 +109,7 @@ class HeadRows:
         tapped_AND = self._picked(states, [row for _, _, rows in taken for row in rows])
         parts = tapped_AND.split([len(rows) for _, _, rows in taken], dim=1)
         for (_, state, _), tapped_ARH in zip(taken, parts, strict=True):
-            _append(state, tapped_ARH)
+            state.add(tapped_ARH)
         overdue = [self._overdue(commit, state) for commit, state, _ in taken]
         return [part for part in overdue if part.num_rows]
 
@@ -186,10 +149,7 @@ class HeadRows:
 
     def ran(self, state: RowState, count: int) -> None:
         """The next `count` rows have KV now, and were the first of `due`."""
-        left_RD = state.waiting[0][count:]
-        state.waiting = [left_RD.clone()] if len(left_RD) else []
-        state.num_waiting -= count
-        state.num_rows += count
+        state.ran(count)
 
     def publish(self, seq: Sequence, state: RowState) -> None:
         """Full blocks of rows can be found by others; nobody may write them from now on."""
@@ -198,8 +158,7 @@ class HeadRows:
 
     def give_up(self, state: RowState) -> None:
         """Rows that wait will not be run."""
-        state.num_skipped += state.num_waiting
-        state.num_waiting, state.waiting, state.unread = 0, [], []
+        state.skip()
         self.num_gaps += 1
 
     def close(self, seq: Sequence) -> None:
@@ -231,14 +190,14 @@ class HeadRows:
         self.close(seq)
         state = self.state(seq)
         skipped, layers, waiting_RD = saved["num_skipped"], saved["layers"], saved["waiting"]
-        num_saved, num_common = len(layers[0][0]), _num_common(saved["tokens"], seq.tokens)
+        num_saved, num_alike = len(layers[0][0]), num_common(saved["tokens"], seq.tokens)
         # The row in slot s stands for position s + skipped at most, and has read the token after.
-        num_rows = min(num_saved, num_common - 1 - skipped)
+        num_rows = min(num_saved, num_alike - 1 - skipped)
         if num_rows > 0 and state.num_rows < skipped + num_rows:
             self._fill(seq, state, layers, skipped, num_rows)
         if waiting_RD is not None:
             first = skipped + num_saved
-            begin, end = state.next_row - first, num_common - first
+            begin, end = state.next_row - first, num_alike - first
             kept_RD = waiting_RD[begin:end] if 0 <= begin < end else waiting_RD[:0]
             if len(kept_RD):
                 state.waiting = [kept_RD.to(self.pool.layers[0].keys)]
@@ -335,38 +294,6 @@ class HeadRows:
         return has_more and not state.num_skipped and self.manager.enable_prefix_caching
 
 
-class FromSecond(Items[int]):
-    """A token log without its first token, as rows are hashed by it; a view, so it costs nothing.
-
-    Slices go upwards.
-    """
-
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return max(len(self._tokens) - 1, 0)
-
-    @overload
-    def __getitem__(self, at: int) -> int: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[int]: ...
-
-    def __getitem__(self, at: int | slice) -> int | list[int]:
-        places = range(1, len(self._tokens))[at]
-        if isinstance(places, int):
-            return self._tokens[places]
-        return self._tokens[places.start : places.stop : places.step]
-
-
-def _append(state: RowState, tapped_ARH: Tensor) -> None:
-    state.unread.append(tapped_ARH)
-    state.num_waiting += tapped_ARH.shape[1]
-    if len(state.unread) > MAX_PIECES:
-        state.unread = [torch.cat(state.unread, dim=1)]
-
-
 def _rows(states: States, index: int, commit: Commit) -> list[int]:
     """Rows of the pass that belong to committed tokens: the chain, and nodes that were kept."""
     start, num_chain = states.start[index], states.num_chain[index]
@@ -376,19 +303,3 @@ def _rows(states: States, index: int, commit: Commit) -> list[int]:
 
 def _leads(seq: Sequence) -> bool:
     return seq.index == 0 and seq.request.sampling.n > 1
-
-
-def _num_common(tokens: Items[int], others: Items[int]) -> int:
-    """Length of the prefix that both have."""
-    pairs = enumerate(zip(tokens, others, strict=False))
-    differing = (index for index, (token, other) in pairs if token != other)
-    return next(differing, min(len(tokens), len(others)))
-
-
-def salt_of(tokens: Items[int]) -> str:
-    """Rows are hashed by the tokens from the second on, so the first one is part of the salt."""
-    return f"\0{tokens[0]}" if tokens else ""
-
-
-def _salt(seq: Sequence) -> str:
-    return seq.request.tenant + salt_of(seq.tokens[:1])
