@@ -151,12 +151,12 @@ def test_can_open_counts_hits_that_would_stop_being_evictable() -> None:
     manager.free(fill(manager, list(range(8))))
     prompt = [*range(8), 99]
     assert manager.num_free == 3
-    assert manager.can_open(prompt, 12)
-    assert not manager.can_open(prompt, 13)
+    assert manager.can_open(manager.look(prompt), 12)
+    assert not manager.can_open(manager.look(prompt), 13)
     table, _ = manager.open(prompt)
     assert manager.reserve(table, 12)
-    assert manager.can_open(prompt, 8)
-    assert not manager.can_open(prompt, 9)
+    assert manager.can_open(manager.look(prompt), 8)
+    assert not manager.can_open(manager.look(prompt), 9)
 
 
 def test_an_identical_block_is_given_up_for_the_registered_one() -> None:

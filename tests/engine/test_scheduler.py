@@ -330,7 +330,7 @@ def test_whoever_waits_for_room_is_not_hashed_again_in_every_step(monkeypatch):
         target.manager.tree, "hash_below", lambda *at: asked.append(at) or hash_below(*at)
     )
     assert set(shares(step(target))) == {"a", "b"}
-    assert len(asked) > 12
+    assert len(asked) > 6
     for _ in range(2):
         asked.clear()
         assert set(shares(target.schedule())) == {"a", "b"}
@@ -339,39 +339,46 @@ def test_whoever_waits_for_room_is_not_hashed_again_in_every_step(monkeypatch):
     assert set(shares(step(target))) == {"a", "c"}
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_who_is_refused_once_is_seated_no_later_for_it(seed, monkeypatch):
-    """Against a scheduler that asks in every step: prompts share prefixes, and are preempted."""
-    rng, told, refused, is_refused = random.Random(seed), [], [], Scheduler._is_refused
-    prompts = [
-        [
-            *range(4 * rng.randrange(6)),
-            *(rng.randrange(90, 99) for _ in range(rng.randrange(2, 30))),
-        ]
-        for _ in range(24)
-    ]
-
-    def noted(self, seq, budget):
-        refused.append(is_refused(self, seq, budget))
-        return refused[-1]
-
-    for asks_again in (lambda self, seq, budget: False, noted):
-        monkeypatch.setattr(Scheduler, "_is_refused", asks_again)
-        target = scheduler(num_blocks=20, caching=True)
-        waiting = [sequence(f"s{i}", 0, prompt=p, k=i % 3) for i, p in enumerate(prompts)]
-        lengths = {seq.id: len(seq.tokens) + 3 + 2 * (i % 9) for i, seq in enumerate(waiting)}
-        batches = []
-        while waiting or target.has_work():
-            add(target, *waiting[:2])
-            del waiting[:2]
-            batches.append(shares(step(target, num_accepted=1)))
+@pytest.mark.parametrize("priorities", [(0,), (0, 0, 1, 2)])
+def test_who_was_refused_is_told_what_asking_again_would(priorities):
+    """Prompts share prefixes, which are revived, evicted and registered while somebody waits."""
+    num_refused = 0
+    for seed in range(25):
+        rng = random.Random(seed)
+        budget = rng.choice([8, 16, 64])
+        target = scheduler(
+            rng.randint(8, 20), caching=True, max_num_seqs=8, max_num_batched_tokens=budget
+        )
+        told = heed(target)
+        shared = [[100 * k + i for i in range(rng.choice([8, 16, 20, 32]))] for k in range(2)]
+        for number in range(120):
+            prompt = rng.choice(shared) + rng.choices(range(1000, 2000), k=rng.randint(1, 9))
+            if rng.random() < 0.35 and len(prompt) + 24 < target.manager.num_blocks * BLOCK:
+                priority = rng.choice(priorities)
+                add(target, sequence(f"s{number}", 0, prompt=prompt, priority=priority))
+            if target.has_work():
+                step(target)
             for seq in list(target.running):
-                if len(seq.tokens) >= lengths[seq.id]:
-                    target.release(seq)
+                if rng.random() < 0.06 or seq.num_generated > 20:
                     seq.status = Status.FINISHED
-        told.append(batches)
-    assert told[0] == told[1]
-    assert sum(refused) > 10, sum(refused)
+                    target.release(seq)
+        assert all(refused == wanted for refused, wanted in told if refused)
+        num_refused += sum(refused for refused, _ in told)
+    assert num_refused > 300, num_refused
+
+
+def heed(target):
+    """Pairs to come: whether it refuses by what it remembers, and whether there is no room."""
+    told, is_refused, manager = [], target._is_refused, target.manager
+
+    def heeded(seq, budget):
+        refused, prefix = is_refused(seq, budget), manager.look(seq.tokens)
+        end = target._first_end(seq, prefix, budget)
+        told.append((refused, not manager.can_open(prefix, end)))
+        return refused
+
+    target._is_refused = heeded
+    return told
 
 
 def test_a_fork_is_adopted_while_there_are_seats():

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from outrider.cache.prefix_tree import Node, PrefixTree
-from outrider.cache.table import BlockCopy, BlockManager, BlockTable
+from outrider.cache.table import BlockCopy, BlockManager, BlockTable, Prefix
 
 Content: TypeAlias = tuple[str, int, tuple[int, ...]]
 
@@ -63,13 +63,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.sessions: list[Session] = []
         self.contents: dict[int, Content] = {}
         self.num_resets = 0
+        self.looks: list[tuple[str, list[int], Prefix]] = []
 
     @rule(salt=st.sampled_from(SALTS), prompt=prompts, is_chunked=st.booleans())
     @precondition(lambda self: len(self.sessions) < 3)
     def open(self, salt: str, prompt: list[int], is_chunked: bool) -> None:
         """A request comes and starts its prefill; where there is no room, the oldest one goes."""
         num_matched = self.manager.match(prompt, salt)
-        can_open = self.manager.can_open(prompt, len(prompt), salt)
+        prefix = self.manager.look(prompt, salt)
+        assert self.manager.is_current(prefix)
+        assert len(prefix.nodes) * self.manager.block_size == num_matched
+        self.looks = [*self.looks[-3:], (salt, list(prompt), prefix)]
+        can_open = self.manager.can_open(prefix, len(prompt))
         table, num_cached = self.manager.open(prompt, salt)
         session = Session(salt, prompt, num_cached, table, self.num_resets)
         self.sessions.append(session)
@@ -183,6 +188,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.manager.check_integrity([session.table for session in self.sessions])
         held = {block for session in self.sessions for block in session.table.blocks}
         assert self.manager.num_used == len(held)
+
+    @invariant()
+    def a_look_is_current_while_another_would_find_the_same(self) -> None:
+        for salt, prompt, prefix in getattr(self, "looks", []):
+            is_same = self.manager.look(prompt, salt) == prefix
+            assert self.manager.is_current(prefix) == is_same
 
     @invariant()
     def every_sequence_reads_its_own_prefix(self) -> None:
@@ -337,8 +348,8 @@ class OneTenant(BlockManager):
     def match(self, tokens: Sequence[int], salt: str = "") -> int:
         return super().match(tokens)
 
-    def can_open(self, tokens: Sequence[int], num_tokens: int, salt: str = "") -> bool:
-        return super().can_open(tokens, num_tokens)
+    def look(self, tokens: Sequence[int], salt: str = "") -> Prefix:
+        return super().look(tokens)
 
     def open(self, tokens: Sequence[int], salt: str = "") -> tuple[BlockTable, int]:
         return super().open(tokens)

@@ -60,6 +60,18 @@ class BlockCopy(NamedTuple):
     destination: int
 
 
+class Prefix(NamedTuple):
+    """What of a token log is cached, as found by hashing it.
+
+    Attributes:
+        nodes: its blocks in the prefix tree, from the root downwards.
+        next_hash: names the prefix that is a block longer; b"" where it cannot be.
+    """
+
+    nodes: tuple[Node, ...]
+    next_hash: bytes
+
+
 class BlockManager:
     """Hands out blocks of KV and remembers what committed prefixes they hold.
 
@@ -114,11 +126,35 @@ class BlockManager:
         """How many of `tokens` `open` would find cached; takes nothing."""
         return sum(self.block_size for _ in self._walk(PrefixTree.root(salt), tokens))
 
-    def can_open(self, tokens: Sequence[int], num_tokens: int, salt: str = "") -> bool:
-        """Whether `open(tokens, salt)` and then `reserve` for `num_tokens` would succeed."""
-        found = [node.block for node in self._walk(PrefixTree.root(salt), tokens)]
-        num_revived = sum(block in self._evictable for block in found)
-        return self._num_blocks_for(num_tokens) - len(found) <= self.num_free - num_revived
+    def look(self, tokens: Sequence[int], salt: str = "") -> Prefix:
+        """What `open` would find cached; takes nothing."""
+        root, size = PrefixTree.root(salt), self.block_size
+        nodes = tuple(self._walk(root, tokens))
+        start = len(nodes) * size
+        if not self.enable_prefix_caching or start + size >= len(tokens):
+            return Prefix(nodes, b"")
+        last = nodes[-1] if nodes else root
+        return Prefix(nodes, self.tree.hash_below(last, tokens[start : start + size]))
+
+    def is_current(self, prefix: Prefix) -> bool:
+        """Whether `look` would find the same now. Nothing is hashed: ancestors outlive a node."""
+        nodes, next_hash = prefix
+        is_there = not nodes or self.tree.find(nodes[-1].hash) is nodes[-1]
+        return is_there and self.tree.find(next_hash) is None
+
+    def can_open(self, prefix: Prefix, num_tokens: int) -> bool:
+        """Whether `open` and then `reserve` for `num_tokens` would succeed.
+
+        Args:
+            prefix: of that log, as it is now.
+        """
+        num_revived = 0
+        for node in reversed(prefix.nodes):  # whoever holds one holds those above
+            if node.block not in self._evictable:
+                break
+            num_revived += 1
+        num_missing = self._num_blocks_for(num_tokens) - len(prefix.nodes)
+        return num_missing <= self.num_free - num_revived
 
     def open(self, tokens: Sequence[int], salt: str = "") -> tuple[BlockTable, int]:
         """A table that holds the longest cached prefix, and that prefix's length in tokens.

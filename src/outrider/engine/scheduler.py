@@ -10,8 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
 
-from outrider.cache.prefix_tree import PrefixTree
-from outrider.cache.table import BlockManager
+from outrider.cache.table import BlockManager, Prefix
 from outrider.control.limits import most_nodes, usable
 from outrider.engine.config import EngineConfig
 from outrider.sequence import Sequence, Status
@@ -19,19 +18,11 @@ from outrider.step import Batch, Row
 
 
 class Refusal(NamedTuple):
-    """Why the first of those that wait found no room.
-
-    Attributes:
-        num_tokens: of its log then; `num_new` of them were to be run first.
-        num_free: blocks that could be had.
-        next_hash: names the block that its cached prefix went as far as.
-    """
+    """The first of those that wait, and what was cached of its log when it found no room."""
 
     seq: Sequence
     num_tokens: int
-    num_new: int
-    num_free: int
-    next_hash: bytes
+    prefix: Prefix
 
 
 class Scheduler:
@@ -139,42 +130,32 @@ class Scheduler:
         tenant = seq.request.tenant
         first_missing = self._first_missing(seq)
         known = seq.tokens if first_missing is None else seq.tokens[: first_missing + 1]
-        num_cached = self.manager.match(known, tenant)
-        end = num_cached + min(self._limit(len(seq.tokens) - num_cached), budget)
-        if not self.manager.can_open(known, end, tenant):
-            self._refusal = None
-            if first_missing is None:
-                self._refusal = self._refused(seq, num_cached, end - num_cached)
+        prefix = self.manager.look(known, tenant)
+        end = self._first_end(seq, prefix, budget)
+        if not self.manager.can_open(prefix, end):
+            is_whole = first_missing is None  # else more of it may come to be of use
+            self._refusal = Refusal(seq, len(seq.tokens), prefix) if is_whole else None
             return False
         seq.table, seq.num_cached = self.manager.open(known, tenant)
         self.manager.reserve(seq.table, end)
         if seq.num_preemptions == 0:
-            seq.num_prefix_hits = num_cached
+            seq.num_prefix_hits = seq.num_cached
         return True
 
     def _is_refused(self, seq: Sequence, budget: int) -> bool:
-        """Whether it would find no room again: then its prompt need not be hashed for that.
-
-        Nothing has been given back since, no more of its prefix is cached, and it cannot make do
-        with fewer new tokens.
-        """
+        """Whether it would find no room again: while the same is cached, nothing is hashed."""
         refusal = self._refusal
-        if refusal is None or refusal.seq is not seq or not self.running:
+        if refusal is None or refusal.seq is not seq or refusal.num_tokens != len(seq.tokens):
             return False
-        return (
-            len(seq.tokens) == refusal.num_tokens
-            and budget >= refusal.num_new
-            and self.manager.num_free <= refusal.num_free
-            and self.manager.tree.find(refusal.next_hash) is None
-        )
+        if not self.manager.is_current(refusal.prefix):
+            return False
+        end = self._first_end(seq, refusal.prefix, budget)
+        return not self.manager.can_open(refusal.prefix, end)
 
-    def _refused(self, seq: Sequence, num_cached: int, num_new: int) -> Refusal:
-        tree, size = self.manager.tree, self.manager.block_size
-        root = PrefixTree.root(seq.request.tenant)
-        node = [root, *tree.walk(root, seq.tokens, num_cached // size)][-1]
-        block = seq.tokens[num_cached : num_cached + size]
-        next_hash = tree.hash_below(node, block) if len(block) == size else b""
-        return Refusal(seq, len(seq.tokens), num_new, self.manager.num_free, next_hash)
+    def _first_end(self, seq: Sequence, prefix: Prefix, budget: int) -> int:
+        """Positions with KV after its first chunk."""
+        num_cached = len(prefix.nodes) * self.config.block_size
+        return num_cached + min(self._limit(len(seq.tokens) - num_cached), budget)
 
     def _with_drafts(self, rows: list[Row], budget: int, resting: Container[str]) -> list[Row]:
         """The rows with draft nodes, as far as budget and free blocks go."""
