@@ -8,7 +8,8 @@ python -m benchmarks.heads --heads demo-eagle3 demo-medusa demo-kv
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from outrider.bench.histogram import total
 from outrider.bench.inprocess import InProcess
 from outrider.bench.pairs import null, pair
 from outrider.bench.provenance import Watch, as_markdown
-from outrider.bench.target import Arm
+from outrider.bench.target import Arm, Question
 from outrider.engine.llm import LLM
 from outrider.request import SamplingParams, SpeculationParams
 
@@ -62,10 +63,21 @@ def _arms(llm: LLM, depths: list[int]) -> list[Arm]:
     ]
 
 
+def _some(questions: Sequence[Question], per_domain: int | None) -> tuple[Question, ...]:
+    """The first so many of each domain."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for question in questions:
+        seen[question.domain] += 1
+        if per_domain is None or seen[question.domain] <= per_domain:
+            chosen.append(question)
+    return tuple(chosen)
+
+
 def _table(
     target: InProcess, arms: list[Arm], temperature: float, args: argparse.Namespace
 ) -> dict[str, Any]:
-    questions = tuple(load_dataset(args.prompts).questions)
+    questions = _some(load_dataset(args.prompts).questions, args.per_domain)
     sampling = SamplingParams(
         max_tokens=args.max_tokens, temperature=temperature, seed=1, ignore_eos=True
     )
@@ -92,7 +104,11 @@ def _rows(measured: Measured) -> Iterator[dict[str, Any]]:
             "interval": told.ratio.interval,
             "acceptance_length": lengths.pop(""),
             "domains": {
-                domain: {"ratio": ratio.ratio, "acceptance_length": lengths.get(domain)}
+                domain: {
+                    "ratio": ratio.ratio,
+                    "interval": ratio.interval,
+                    "acceptance_length": lengths.get(domain),
+                }
                 for domain, ratio in told.domains
             },
         }
@@ -116,7 +132,9 @@ def _line(row: Mapping[str, Any], domains: list[str]) -> str:
     cells.append(f"{row['acceptance_length']:.2f}")
     for domain in domains:
         one = row["domains"][domain]
-        cells.append(f"{one['ratio']:.2f} / {one['acceptance_length'] or 1.0:.2f}")
+        low, high = one["interval"] or (float("nan"), float("nan"))
+        told = f"{one['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        cells.append(f"{told} / {one['acceptance_length'] or 1.0:.2f}")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -128,6 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--k", type=int, nargs="+", default=[4])
     parser.add_argument("--prompts", default="outrider")
+    parser.add_argument("--per-domain", type=int, help="prompts of each domain; all by default")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--budget-s", type=float, default=90.0, help="seconds per temperature")
     parser.add_argument("--json", type=Path)

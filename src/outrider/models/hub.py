@@ -1,5 +1,6 @@
 """From a model's name to the folder that holds it: shipped, local, or from the Hugging Face hub."""
 
+import difflib
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -58,7 +59,9 @@ def _shipped(name: str) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     if not HUB_ID.fullmatch(name):
-        raise ModelError(f"no folder {name!r}, and it is no hub id such as 'Qwen/Qwen3-0.6B'")
+        raise ModelError(
+            f"no folder {name!r}, and it is no hub id such as 'Qwen/Qwen3-0.6B'{_meant(name)}"
+        )
     try:
         safe = WEIGHTS + HEAD_WEIGHTS
         folder = _snapshot(name, revision, SIDE_FILES + safe + SMALL_PICKLES)
@@ -66,7 +69,9 @@ def _download(name: str, revision: str | None) -> Path:
             folder = _snapshot(name, revision, SIDE_FILES + PICKLED_WEIGHTS + PICKLED_HEADS)
     except Exception as error:
         # The hub client lets errors of several HTTP libraries through, and all mean the same here.
-        raise ModelError(f"cannot get {name!r} from the hub: {_reason(error, revision)}") from error
+        raise ModelError(
+            f"cannot get {name!r} from the hub{_meant(name)}: {_reason(error, revision)}"
+        ) from error
     return folder
 
 
@@ -75,6 +80,12 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(
         snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
     )
+
+
+def _meant(name: str) -> str:
+    """The shipped model that a name may have been meant for."""
+    close = [] if "/" in name else difflib.get_close_matches(name, SHIPPED, n=1)
+    return f" (did you mean {close[0]!r}, which is shipped?)" if close else ""
 
 
 def _reason(error: Exception, revision: str | None) -> str:

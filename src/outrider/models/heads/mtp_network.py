@@ -8,10 +8,9 @@ between layers of the target.
 """
 
 import re
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Sequence as Items
 from copy import copy
 from dataclasses import replace
-from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,35 +18,16 @@ from torch import Tensor
 
 from outrider.cache.pool import KVPool
 from outrider.errors import ConfigError
-from outrider.models.base import KVShape, ModelSpec
-from outrider.models.decoder import Decoder, RMSNorm
+from outrider.models.base import KVShape
 from outrider.models.heads.fingerprint import head_fingerprint
-from outrider.models.heads.given import adds_one_to_gain
-from outrider.models.heads.mtp_lean import LeanLayer
+from outrider.models.heads.mtp_module import ModuleRows, ModuleStates, MTPModule
 from outrider.models.heads.mtp_turns import own_rows, parent_slots, steps_of
 from outrider.models.heads.network import HeadOutput, HeadPiece, HeadRunner, ShownTarget
-from outrider.models.heads.spec import Conventions, Head, MTPShape
+from outrider.models.heads.spec import Conventions, Head
 from outrider.models.runner import upload
 from outrider.ops.base import LayerKV, Layout, Ops
 
-LAYER = "layer."
-_NORM = re.compile(r".*norm\.weight$")
 _PART = re.compile(r"modules\.(\d+)\.(.+)$")
-
-
-class MTPLayer(Protocol):
-    """The decoder layer of a module."""
-
-    kv_shape: KVShape
-    norm_eps: float
-
-    def __call__(self, hidden_NH: Tensor, layout: Layout, kv: LayerKV) -> Tensor:
-        """Runs all rows; writes their keys and values."""
-        ...
-
-    def by_layer(self) -> "MTPLayer":
-        """The same layer, one operation at a time."""
-        ...
 
 
 class MTPNetwork:
@@ -121,10 +101,10 @@ class MTPNetwork:
             is_behind_gap_N: rows of sequences whose place 0 is not position 0; None for none.
         """
         if len(self._modules) > 1:
-            rows = _Rows(tokens_N, layout, is_behind_gap_N)
+            rows = ModuleRows(tokens_N, layout, is_behind_gap_N)
             return self._in_turns(rows, inputs_ND, kv, wanted_R, steps)
         (module,) = self._modules
-        states = module(_Rows(tokens_N, layout, is_behind_gap_N), inputs_ND, kv[0])
+        states = module(ModuleRows(tokens_N, layout, is_behind_gap_N), inputs_ND, kv[0])
         return HeadOutput(module.logits(states.normed_NH[wanted_R]), states.handed_NH)
 
     def by_layer(self) -> "MTPNetwork":
@@ -135,7 +115,7 @@ class MTPNetwork:
 
     def _in_turns(
         self,
-        rows: "_Rows",
+        rows: "ModuleRows",
         inputs_ND: Tensor,
         kv: list[LayerKV],
         wanted_R: Tensor,
@@ -144,7 +124,7 @@ class MTPNetwork:
         num_modules, layout = len(self._modules), rows.layout
         parents_N = upload(parent_slots(layout.spans), layout.slots_N.device)
         feature_NH, step_N1 = inputs_ND[:, :-1], inputs_ND[:, -1:]
-        states, all_states = _States(feature_NH, feature_NH), []
+        states, all_states = ModuleStates(feature_NH, feature_NH), []
         for number, module in enumerate(self._modules):
             if number:
                 kept = kv[num_modules + number - 1].keys
@@ -162,11 +142,11 @@ class MTPNetwork:
         self,
         module: "MTPModule",
         number: int,
-        before: "_States",
-        rows: "_Rows",
+        before: "ModuleStates",
+        rows: "ModuleRows",
         feature_NH: Tensor,
         kv: LayerKV,
-    ) -> "_States":
+    ) -> "ModuleStates":
         """What a module says; in rows before its first one, what the module before it said."""
         device = rows.layout.slots_N.device
         own, spans = own_rows(rows.layout.spans, number)
@@ -178,9 +158,9 @@ class MTPNetwork:
         own_n = upload(own, device)
         ran = module(rows.picked(own_n, self.ops.layout(spans, device)), feature_NH[own_n], kv)
         pairs = zip(before, ran, strict=True)
-        return _States(*(old.index_copy(0, own_n, new) for old, new in pairs))
+        return ModuleStates(*(old.index_copy(0, own_n, new) for old, new in pairs))
 
-    def _logits(self, said: "list[_States]", wanted_R: Tensor, turns: list[int]) -> Tensor:
+    def _logits(self, said: "list[ModuleStates]", wanted_R: Tensor, turns: list[int]) -> Tensor:
         """logits_RV, each row's by the module whose turn it is."""
         device = wanted_R.device
         logits_RV = torch.empty(len(turns), self.spec.vocab_size, device=device)
@@ -226,101 +206,6 @@ class MTPRunner(HeadRunner):
         )
 
 
-class _Rows(NamedTuple):
-    """Tokens of the rows of a pass, and where they stand.
-
-    Attributes:
-        is_behind_gap_N: see `MTPNetwork.forward`.
-    """
-
-    tokens_N: Tensor
-    layout: Layout
-    is_behind_gap_N: Tensor | None
-
-    def picked(self, rows_n: Tensor, layout: Layout) -> "_Rows":
-        """Some of them."""
-        is_behind_N = self.is_behind_gap_N
-        is_behind_n = None if is_behind_N is None else is_behind_N[rows_n]
-        return _Rows(self.tokens_N[rows_n], layout, is_behind_n)
-
-    def is_first_N(self) -> Tensor:
-        """The row of position 0."""
-        is_first_N = self.layout.positions_N == 0
-        if self.is_behind_gap_N is not None:
-            is_first_N &= ~self.is_behind_gap_N
-        return is_first_N
-
-
-class _States(NamedTuple):
-    """What a module's rows end in: the state its logits are read from, and what they hand on."""
-
-    normed_NH: Tensor
-    handed_NH: Tensor
-
-
-class MTPModule:
-    """fc([norm(embedding) ; norm(feature)]), a decoder layer, a norm; the last maybe with a head.
-
-    Args:
-        tensors: by canonical name within the module.
-    """
-
-    def __init__(
-        self,
-        conventions: Conventions,
-        shape: MTPShape,
-        tensors: Mapping[str, Tensor],
-        target: ShownTarget,
-        ops: Ops,
-    ) -> None:
-        spec = target.spec
-        self._target = target
-        self._conventions = conventions
-        tensors = _with_plain_gains(tensors, conventions, spec.family)
-        layer = {name.removeprefix(LAYER): t for name, t in tensors.items() if _is_layer(name)}
-        own = {name: _like(spec, t) for name, t in tensors.items() if not _is_layer(name)}
-        self._layer = _layer(target, shape.layer, layer, ops, conventions)
-        self.kv_shape = self._layer.kv_shape
-        self._embedding_norm, self._feature_norm, self._norm = (
-            RMSNorm(own[f"{name}.weight"], self._layer.norm_eps)
-            for name in ("embedding_norm", "feature_norm", "norm")
-        )
-        self._fc = ops.linear(own["fc.weight"])
-        has_head = conventions.lm_head == "own" and "lm_head.weight" in own
-        self._head = ops.linear(own["lm_head.weight"]) if has_head else None
-        has_embedding = conventions.embedding == "own"
-        self._embedding_VH = own.get("embed_tokens.weight") if has_embedding else None
-
-    def __call__(self, rows: _Rows, feature_NH: Tensor, kv: LayerKV) -> _States:
-        embedding_NH = self._embed(rows.tokens_N)
-        if self._conventions.is_first_embedding_zero:
-            embedding_NH = embedding_NH.masked_fill(rows.is_first_N().unsqueeze(1), 0.0)
-        parts = [self._embedding_norm(embedding_NH), self._feature_norm(feature_NH)]
-        if self._conventions.concatenation == "feature-first":
-            parts.reverse()
-        hidden_NH = self._layer(self._fc(torch.cat(parts, dim=1)), rows.layout, kv)
-        normed_NH = self._norm(hidden_NH)
-        is_normed = self._conventions.feedback == "post-norm"
-        return _States(normed_NH, normed_NH if is_normed else hidden_NH)
-
-    def logits(self, normed_RH: Tensor) -> Tensor:
-        """float32 logits_RV."""
-        if self._head is None:
-            return self._target.head(normed_RH)
-        return self._head(normed_RH).float()
-
-    def by_layer(self) -> "MTPModule":
-        """The same module, one operation at a time."""
-        slow = copy(self)
-        slow._layer = self._layer.by_layer()
-        return slow
-
-    def _embed(self, tokens_N: Tensor) -> Tensor:
-        if self._embedding_VH is None:
-            return self._target.embed(tokens_N)
-        return F.embedding(tokens_N, self._embedding_VH)
-
-
 def _check(conventions: Conventions) -> None:
     if conventions.rope_origin != "target":
         raise ConfigError(
@@ -332,47 +217,3 @@ def _check(conventions: Conventions) -> None:
 def _tensors_of(head: Head, number: int) -> dict[str, Tensor]:
     found = ((_PART.match(name), tensor) for name, tensor in head.tensors.items())
     return {m[2]: tensor for m, tensor in found if m is not None and int(m[1]) == number}
-
-
-def _is_layer(name: str) -> bool:
-    return name.startswith(LAYER)
-
-
-def _like(spec: ModelSpec, tensor: Tensor) -> Tensor:
-    return tensor.to(spec.device, spec.dtype)
-
-
-def _with_plain_gains(
-    tensors: Mapping[str, Tensor], conventions: Conventions, family: str
-) -> dict[str, Tensor]:
-    """With gains as they are used: w of the module's own norms, what the target means in its layer.
-
-    A target whose norms multiply by 1 + w does so in the layer itself.
-    """
-    added = float(conventions.norm_gain == "one-plus-weight")
-    added_in_layer = added - float(adds_one_to_gain(family))
-    result = dict(tensors)
-    for name, gain in tensors.items():
-        more = added_in_layer if _is_layer(name) else added
-        if more and _NORM.match(name):
-            result[name] = gain.float() + more
-    return result
-
-
-def _layer(
-    target: ShownTarget,
-    index: int,
-    tensors: Mapping[str, Tensor],
-    ops: Ops,
-    conventions: Conventions,
-) -> MTPLayer:
-    if isinstance(target, Decoder):
-        return LeanLayer(target, index, tensors, ops, conventions.rope_style)
-    if conventions.rope_style != "half-split":
-        raise ConfigError(
-            f"convention rope_style={conventions.rope_style!r}: the layers of target "
-            f"{target.spec.name!r} turn as transformers does; use 'half-split'"
-        )
-    from outrider.models.heads.mtp_adapted import AdaptedLayer  # with transformers, that is slow
-
-    return AdaptedLayer(target, index, tensors, ops)
