@@ -42,7 +42,7 @@ SLOW = [pytest.mark.slow]
 WAYS: dict[str, dict[str, Any]] = {
     "chain": {"num_draft_tokens": 3, "width": 1},
     "one token": {"num_draft_tokens": 1, "width": 1},
-    "beyond the head": {"num_draft_tokens": 9, "width": 1},
+    "deep": {"width": 1},
     "tree": {"num_draft_tokens": 3, "width": 4, "num_nodes": 10},
     "as it comes": {},
     "greedy chain": {"num_draft_tokens": 3, "width": 1, "draft_sample_method": "greedy"},
@@ -90,7 +90,11 @@ def engine(name, **options):
 
 
 def asks(name, way):
-    return SpeculationParams(method=drafter_of(name).name, policy="fixed", **WAYS[way])
+    settings = {"method": drafter_of(name).name, "policy": "fixed", **WAYS[way]}
+    if way == "deep":
+        drafter = engine(name).drafters[settings["method"]]
+        settings["num_draft_tokens"] = getattr(drafter, "max_draft_tokens", 9)
+    return SpeculationParams(**settings)
 
 
 def requests(sampling, speculation, num=6, length=5):

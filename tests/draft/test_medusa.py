@@ -18,7 +18,7 @@ from outrider.draft.drawing import draft_law
 from outrider.draft.feeding import make_ranker
 from outrider.draft.growth import plant
 from outrider.draft.medusa import MedusaDrafter
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, RequestError
 from outrider.models.config import DecoderConfig
 from outrider.models.decoder import Decoder
 from outrider.models.heads.spec import Conventions, Family, Head, HeadSpec, MedusaShape, Widths
@@ -434,7 +434,9 @@ def test_a_step_is_one_pass_of_the_heads_that_are_wanted(target, fitted):
 def test_no_draft_is_deeper_than_there_are_heads(target, fitted):
     used = engine(target, fitted)
     made = drafts_of(used)
-    run(used, [request(f"r{w}", asks(8, w, num_nodes=w * 8), seed=w) for w in (1, 4)])
+    run(used, [request(f"r{w}", asks(K, w, num_nodes=w * 8), seed=w) for w in (1, 4)])
+    with pytest.raises(RequestError, match=f"num_draft_tokens=8: medusa guesses at most {K} "):
+        used.add(request("deeper", asks(8)))
     assert drafter_of(used).default_draft_tokens == K
     deepest = {plan.width: 0 for _, plan, *_ in made}
     for _, plan, tree, _ in made:
@@ -535,7 +537,7 @@ def test_a_truncated_vocabulary_drafts_its_own_tokens_alone(target, width):
         tensors[f"heads.{i}.lm_head.weight"] = made
     used = engine(target, Head(whole.spec, tensors))
     made = drafts_of(used)
-    run(used, [request("r", asks(8, width, num_nodes=40))])
+    run(used, [request("r", asks(K, width, num_nodes=40))])
     drafted_ids = {token for *_, tree, _ in made for token in tree.tokens}
     assert drafted_ids <= set(ids.tolist())
     assert max(len(tree) for *_, tree, _ in made) == (K if width == 1 else 3 + 9 + 27)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence as Items
 
+from outrider.draft.base import EndsAtDepth
 from outrider.draft.cascade import LOOKUPS, MODELS, CascadeDrafter
 from outrider.request import Candidate, Option, Options
 from outrider.step import DraftTree, Plan, Row
@@ -41,7 +42,10 @@ class AutoDrafter(CascadeDrafter):
         """
         found = []
         for name in self.parts(options):
-            k = num_draft_tokens or factor * self._drafters[name].default_draft_tokens
+            drafter = self._drafters[name]
+            k = num_draft_tokens or factor * drafter.default_draft_tokens
+            if isinstance(drafter, EndsAtDepth):
+                k = min(k, drafter.max_draft_tokens)
             found.append(Candidate(name, k, 1, k))
         return tuple(found)
 

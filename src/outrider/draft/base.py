@@ -220,6 +220,17 @@ class MissesFeatures(Protocol):
 
 
 @runtime_checkable
+class EndsAtDepth(Protocol):
+    """A drafter that cannot go deeper, whatever is asked for.
+
+    Attributes:
+        max_draft_tokens: its largest K.
+    """
+
+    max_draft_tokens: int
+
+
+@runtime_checkable
 class Checks(Protocol):
     """A drafter with settings that only go together in some ways."""
 

@@ -68,7 +68,7 @@ class BlockDrafter(HeadDrafter):
     ) -> None:
         super().__init__(HeadRunner(network, pool), manager, target_manager)
         self.network = network
-        self.default_draft_tokens = network.num_drafts
+        self.default_draft_tokens = self.max_draft_tokens = network.num_drafts
 
     @classmethod
     def build(cls, surroundings: Surroundings) -> "BlockDrafter":

@@ -99,7 +99,7 @@ class MedusaDrafter:
     def __init__(self, network: Heads) -> None:
         self.network = network
         self.boundaries = network.boundaries
-        self.default_draft_tokens = network.num_heads
+        self.default_draft_tokens = self.max_draft_tokens = network.num_heads
         self.num_forwards = 0
 
     @classmethod

@@ -6,7 +6,15 @@ from typing import Any
 
 from outrider.control.base import ChecksOptions, NamesDepth, Policy
 from outrider.control.controller import Controller
-from outrider.draft.base import Checks, Composes, Drafter, DrawsByOptions, LooksUp, OffersChoice
+from outrider.draft.base import (
+    Checks,
+    Composes,
+    Drafter,
+    DrawsByOptions,
+    EndsAtDepth,
+    LooksUp,
+    OffersChoice,
+)
 from outrider.draft.drafters import Drafters
 from outrider.errors import ConfigError, PairError, RequestError, unknown
 from outrider.registry import DRAFTERS
@@ -173,12 +181,19 @@ def _size(
             f"num_draft_tokens={k}: policy {policy.name!r} asks for up to {named}; drop "
             "num_draft_tokens, or lower the K of the policy"
         )
+    deepest = drafter.max_draft_tokens if isinstance(drafter, EndsAtDepth) else MAX_DRAFT_TOKENS
+    if k is not None and k > deepest:
+        raise RequestError(
+            f"num_draft_tokens={k}: {drafter.name} guesses at most {deepest} tokens ahead here; "
+            f"use num_draft_tokens={deepest} or fewer"
+        )
     if k is None:
         k = drafter.default_draft_tokens
         if named is not None:
             k = max(named, 1)
         elif policy.needs_clock and width == 1:
             k = min(MORE * k, MAX_DRAFT_TOKENS)
+        k = min(k, deepest)
     return k, num_nodes or drafter.default_num_nodes or min(k * width, MAX_NODES)
 
 
