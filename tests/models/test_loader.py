@@ -316,6 +316,30 @@ def test_hub_errors(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) ->
         resolve("some/model", revision="v2")
 
 
+@pytest.mark.parametrize(
+    ("name", "shipped"),
+    [("demoo", "demo"), ("demo-eagle", "demo-eagle3"), ("demo-medus", "demo-medusa")],
+)
+def test_a_slip_in_a_shipped_name_is_told(
+    name: str, shipped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = rf"cannot get '{name}' from the hub \(did you mean '{shipped}', which is shipped\?\)"
+    with pytest.raises(ModelError, match=message):
+        resolve(name)
+    with pytest.raises(ModelError, match=rf"no folder '{name} '.*did you mean '{shipped}'"):
+        resolve(f"{name} ")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "demo/demo-medus"])
+def test_other_names_are_no_slips(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=f"cannot get '{name}' from the hub: "):
+        resolve(name)
+
+
 def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = r"^cannot get 'outrider/none' from the hub: not in the local cache .* HF_HUB_OFFLINE"

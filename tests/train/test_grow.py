@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from outrider.errors import ConfigError
 from outrider.train.export import export
 from outrider.train.grow import grow
 from outrider.train.network import Decoder
@@ -119,3 +120,16 @@ def test_bad_arguments_are_refused(
 def test_folder_without_a_llama_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no Llama checkpoint"):
         grow(tmp_path, tmp_path / "grown", num_layers=3)
+
+
+def test_the_source_and_files_are_not_written_over(source: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "file").write_text("kept")
+    for out in ("source", "link", "source/../source"):
+        with pytest.raises(ConfigError, match=f"out='.*{out}' is the folder of the source"):
+            grow(source, tmp_path / out, num_layers=3)
+    for out in ("file", "file/grown"):
+        with pytest.raises(ConfigError, match=f"at '.*{out}', for '.*file' is a file"):
+            grow(source, tmp_path / out, num_layers=3)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before

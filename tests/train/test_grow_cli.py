@@ -66,4 +66,31 @@ def test_a_mistake_is_one_line(
     result = call(source, tmp_path / "out", *SIZES, *words)
     assert result.exit_code == 2
     assert message in result.stderr.splitlines()[-1]
-    assert "error: " in result.stderr.splitlines()[-1]
+    assert f"error: --head '{paths[-1]}': " in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists(), "all heads are looked at before anything is written"
+
+
+def test_a_late_head_that_is_unfit_costs_nothing(source: Path, tmp_path: Path) -> None:
+    fit = kv(tmp_path / "fit")
+    unfit = kv(tmp_path / "unfit", hidden=8)
+    result = call(source, tmp_path / "out", *SIZES, "--head", fit, "--head", unfit)
+    assert f"error: --head '{unfit}': the head '{unfit}' is 8 wide" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["kv", "source", "file"])
+def test_what_is_read_is_not_written_over(source: Path, tmp_path: Path, out: str) -> None:
+    head = kv(tmp_path / "kv")
+    (tmp_path / "file").write_text("kept")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = call(source, tmp_path / out, *SIZES, "--head", head)
+    assert result.exit_code == 2
+    assert str(tmp_path / out) in result.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_noise_is_on_the_cards(source: Path, tmp_path: Path) -> None:
+    head = kv(tmp_path / "kv")
+    assert call(source, tmp_path / "out", *SIZES, "--head", head, "--noise", 0.1).exit_code == 0
+    about = json.loads((tmp_path / "out" / "heads" / "kv" / "outrider.json").read_text())
+    assert about["growth"]["noise"] == 0.1

@@ -231,6 +231,21 @@ def test_the_card_says_what_it_is(pair: tuple[Path, Path], tmp_path: Path) -> No
     about = json.loads((grown / "outrider.json").read_text())["growth"]
     assert (about["grown_from"], about["target"], about["seed"]) == ("fine", "grown", 0)
     assert f"{about['num_parameters']:,}" in card
+    assert "It says for the grown target what that head says for its own." in card
+    assert about["noise"] == 0.0
+
+
+def test_the_card_of_a_head_beside_noise_says_so(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    head = kv(tmp_path / "head")
+    plain = grown_head(head, pair, tmp_path / "plain")
+    grown = grown_head(head, pair, tmp_path / "grown", noise=0.25)
+    card = (grown / "README.md").read_text()
+    assert "says for the grown target what" not in card
+    assert "grown with noise and no longer is exactly\nwhat the head was trained for" in card
+    assert "| noise of the target | 0.25 |" in card
+    assert json.loads((grown / "outrider.json").read_text())["growth"]["noise"] == 0.25
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (plain, grown)]
+    assert weights[0] == weights[1], "the head itself gets none"
 
 
 def test_the_seed_decides(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -349,6 +364,24 @@ def test_a_target_that_is_no_growth_is_refused(
     head = medusa(tmp_path / "head")
     with pytest.raises(ConfigError, match=f"no growth of.*{message}.*outrider train grow"):
         grown_head(head, change(pair, tmp_path), tmp_path / "grown")
+
+
+def test_the_head_the_targets_and_files_are_not_written_over(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    head = medusa(tmp_path / "head")
+    (tmp_path / "file").write_text("kept")
+    outs = {
+        "head": head,
+        "source": pair[0],
+        "grown target": pair[1],
+        "is a file": tmp_path / "file",
+    }
+    before = {path: path.read_bytes() for out in outs.values() for path in out.glob("*")}
+    for what, out in outs.items():
+        with pytest.raises(ConfigError, match=what):
+            grown_head(head, pair, out)
+    assert {path: path.read_bytes() for out in outs.values() for path in out.glob("*")} == before
 
 
 def test_unknown_dtype_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

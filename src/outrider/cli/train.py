@@ -1,17 +1,21 @@
 """`outrider train`: the demo pair from its recipe, and a checkpoint grown to a larger shape."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 
 from outrider.cli.train_draft import draft
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, OutriderError
 from outrider.models.hub import SHIPPED, resolve
 from outrider.train.demo import NUM_DRAFT_STEPS, NUM_TARGET_STEPS, train_demo
+from outrider.train.folders import check_apart
 from outrider.train.grow import grow as grow_checkpoint
-from outrider.train.grow_heads import grow_head
+from outrider.train.grow_heads import check_head, grow_head
+from outrider.train.grow_pair import plan_pair
 
 app = typer.Typer(no_args_is_help=True, help="Train the demo pair, a draft, or grow a model.")
 app.command("draft")(draft)
@@ -73,39 +77,73 @@ def grow(
 ) -> None:
     """Grow a Llama checkpoint in width and depth: same function, real cost."""
     torch.manual_seed(seed)
-    folder, heads = resolve(source), _named(head or [])
-    grow_checkpoint(
-        folder,
-        out,
-        size=size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        intermediate_size=intermediate_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        noise=noise,
-        seed=seed,
-        dtype=dtype,
-    )
+    folder, heads = resolve(source), _found(head or [])
+    sizes = {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "intermediate_size": intermediate_size,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+    }
+    if heads:
+        pair = plan_pair(folder, out, size, sizes)
+        for one in heads:  # before the target is written, which may take long
+            with _naming(one.given):
+                check_apart(out, one.folder, "head")
+                check_head(one.folder, one.place(out), pair, dtype)
+    grow_checkpoint(folder, out, size=size, **sizes, noise=noise, seed=seed, dtype=dtype)
     typer.echo(f"wrote {out}", err=True)
-    for name, head_folder in heads.items():
-        place = out / "heads" / name
-        grow_head(
-            head_folder, place, source_target=folder, grown_target=out, seed=seed, dtype=dtype
-        )
+    for one in heads:
+        place = one.place(out)
+        with _naming(one.given):
+            grow_head(
+                one.folder,
+                place,
+                source_target=folder,
+                grown_target=out,
+                noise=noise,
+                seed=seed,
+                dtype=dtype,
+            )
         typer.echo(f"wrote {place}", err=True)
 
 
-def _named(heads: list[str]) -> dict[str, Path]:
-    """Folders of heads by the name that each grown one gets. ConfigError if two get the same."""
-    folders: dict[str, Path] = {}
+class _Found(NamedTuple):
+    """A head to grow along: as it was given, and where it is."""
+
+    given: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """That the grown one gets; a head of the hub is named as there."""
+        path = self.folder if self.given in SHIPPED else Path(self.given).expanduser().resolve()
+        return path.name
+
+    def place(self, out: Path) -> Path:
+        """Where the grown one is written."""
+        return out / "heads" / self.name
+
+
+def _found(heads: list[str]) -> list[_Found]:
+    """ConfigError if two would get one name."""
+    found: dict[str, _Found] = {}
     for head in heads:
-        folder = resolve(head)
-        name = folder.name if head in SHIPPED else Path(head).expanduser().resolve().name
-        if name in folders:
-            raise ConfigError(
-                f"--head {head!r}: two heads would be written to heads/{name}; grow one of them "
-                "into another folder"
-            )
-        folders[name] = folder
-    return folders
+        with _naming(head):
+            one = _Found(head, resolve(head))
+            if one.name in found:
+                raise ConfigError(
+                    f"two heads would be written to heads/{one.name}; grow one of them into "
+                    "another folder"
+                )
+            found[one.name] = one
+    return list(found.values())
+
+
+@contextmanager
+def _naming(head: str) -> Iterator[None]:
+    """Says of errors which head they are about."""
+    try:
+        yield
+    except OutriderError as error:
+        raise type(error)(f"--head {head!r}: {error}") from error

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from outrider.train.export import write_weights
+from outrider.train.folders import check_apart, check_folder
 from outrider.train.placing import DTYPES, Placing, home
 from outrider.train.shapes import CONFIG_KEYS, GrownShape, choose_shape
 
@@ -47,8 +48,11 @@ def grow(
             put in place of the zeros; 0 keeps the function, about 0.1 begins to blur it.
 
     Raises:
+        ConfigError: `out_folder` is the source's, or a file.
         ValueError: no Llama checkpoint, an unknown size or dtype, or a shape that would shrink.
     """
+    check_folder(out_folder)
+    check_apart(out_folder, source_folder, "source")
     check_dtype(dtype)
     if noise < 0.0:
         raise ValueError(f"noise {noise} is negative; choose 0 or more")

@@ -55,6 +55,20 @@ def read_pair(source_target: Path, grown_target: Path) -> GrownPair:
     return GrownPair(spec, grown_target.resolve().name, old, new, head_dim)
 
 
+def plan_pair(
+    source_target: Path, out: Path, size: str | None, wanted: dict[str, int | None]
+) -> GrownPair:
+    """The same before the second is written to `out`, with sizes as `grow` takes them.
+
+    Raises:
+        ValueError, ModelError: the source is no Llama checkpoint, or no growth has these sizes.
+    """
+    config = read_llama(source_target)
+    old, head_dim = read_shape(config)
+    spec = TargetSpec.from_config(config, name=str(source_target), folder=source_target)
+    return GrownPair(spec, out.resolve().name, old, choose_shape(old, size, wanted), head_dim)
+
+
 def _fault(source: dict[str, Any], grown: dict[str, Any], old: GrownShape, new: GrownShape) -> str:
     """Why no growth has these sizes; empty if one has."""
     try:

@@ -6,7 +6,7 @@ import pytest
 
 from outrider.errors import PairError
 from outrider.train.heads import run
-from outrider.train.heads.by_domain import ALL, serve, served_table, spread
+from outrider.train.heads.by_domain import ALL, Figures, serve, served_table, spread
 from outrider.train.heads.pieces import Piece, cut
 from outrider.train.heads.session import train_draft
 from outrider.train.heads.texts import Text
@@ -44,26 +44,40 @@ def test_prompts_are_of_all_domains_alike():
 def test_a_draft_that_is_the_target_stands_wherever_it_is_drafted(target):
     pieces = [piece(name, name[0], [5, 6, 7, 8, 9, 10 + i]) for i, name in enumerate(("a", "b"))]
     found = serve(str(target), target, pieces, num_draft_tokens=3, num_prompts=2, device="cpu")
-    for domains in found.kinds.values():
-        assert set(domains) == {"a", "b", ALL}
-        assert domains[ALL].num_drafts == domains["a"].num_drafts + domains["b"].num_drafts
-        assert domains[ALL].acceptance_length > 3.5  # less the last steps of an answer
-        assert domains[ALL].same_share == 1.0
+    for total, domains in found.kinds.values():
+        assert set(domains) == {"a", "b"}
+        assert total.num_drafts == domains["a"].num_drafts + domains["b"].num_drafts
+        assert total.acceptance_length > 3.5  # less the last steps of an answer
+        assert total.same_share == 1.0
     lines = served_table(found).splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["in the engine", "---", "a", "b", ALL]
     assert len(served_table(found._replace(kinds=one_domain(found))).splitlines()) == 3
 
 
 def one_domain(found):
-    return {kind: {"a": domains["a"], ALL: domains["a"]} for kind, domains in found.kinds.items()}
+    return {
+        kind: Figures(domains["a"], {"a": domains["a"]})
+        for kind, (_, domains) in found.kinds.items()
+    }
+
+
+def test_a_domain_may_be_called_all(target):
+    pieces = [piece(name, name, [5, 6, 7, 8, 9, 10]) for name in ("all", "b")]
+    found = serve(str(target), target, pieces, num_draft_tokens=3, num_prompts=2, device="cpu")
+    total, domains = found.kinds["greedy"]
+    assert total.num_drafts == 2 * domains["all"].num_drafts == 2 * domains["b"].num_drafts > 0
+    names = [line.split("|")[1].strip() for line in served_table(found).splitlines()[2:]]
+    assert names == ["all", "b", ALL]
+    written = found.to_json()["greedy"]
+    assert written["total"]["num_drafts"] == 2 * written["domains"]["all"]["num_drafts"]
 
 
 def test_a_run_ends_in_the_engine(target, data, tmp_path):
     lines = []
     outcome = train_draft(small_run(target, data, tmp_path, served_prompts=3), lines.append)
     assert outcome.served.num_prompts == 3
-    assert set(outcome.served.kinds["greedy"]) <= {"code", "texts", ALL}
-    assert all(domains[ALL].same_share == 1.0 for domains in outcome.served.kinds.values())
+    assert set(outcome.served.kinds["greedy"].domains) <= {"code", "texts"}
+    assert all(figures.total.same_share == 1.0 for figures in outcome.served.kinds.values())
     card = (tmp_path / "README.md").read_text()
     assert served_table(outcome.served) in card
     assert "6 of 6 answers were those of plain decoding" in card

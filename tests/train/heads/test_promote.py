@@ -7,6 +7,7 @@ from outrider.errors import ConfigError
 from outrider.train.heads.acceptance import HEAD, Marks, Scores
 from outrider.train.heads.promote import (
     check_in_use,
+    check_out,
     compare,
     replace_head,
     roll_back,
@@ -81,6 +82,52 @@ def test_the_one_before_is_kept_and_taken_back(tmp_path):
     roll_back(in_use)
     assert (in_use / "config.json").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "newer", "use"]
+
+
+def test_a_copy_that_fails_costs_nothing(tmp_path):
+    """Neither the head in use nor the one before, which is removed last."""
+    in_use, previous = head(tmp_path / "use", "now"), head(tmp_path / "use.previous", "before")
+    with pytest.raises(OSError, match="absent"):
+        replace_head(in_use, tmp_path / "absent")
+    assert (in_use / "config.json").read_text() == "now"
+    assert (previous / "config.json").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["use", "use.previous"]
+
+
+def test_the_one_before_may_be_put_back_by_promotion(tmp_path):
+    in_use, previous = head(tmp_path / "use", "now"), head(tmp_path / "use.previous", "before")
+    assert replace_head(in_use, previous) == previous
+    assert (in_use / "config.json").read_text() == "before"
+    assert (previous / "config.json").read_text() == "now"
+
+
+def test_a_link_to_the_head_in_use_stays_a_link(tmp_path):
+    real, new = head(tmp_path / "real", "old"), head(tmp_path / "new", "new")
+    link = tmp_path / "use"
+    link.symlink_to("real")
+    replace_head(link, new)
+    assert link.is_symlink()
+    assert (real / "config.json").read_text() == (link / "config.json").read_text() == "new"
+    assert (tmp_path / "real.previous" / "config.json").read_text() == "old"
+    roll_back(link)
+    assert (link / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "out",
+    ["use", "use.previous", "use.incoming", "use/next", "use.previous/next", ".", "link"],
+)
+def test_a_run_must_not_write_where_promotion_replaces(tmp_path, out):
+    in_use = head(tmp_path / "use", "old")
+    (tmp_path / "link").symlink_to("use")
+    with pytest.raises(ConfigError, match=r"out='.*' and promote='.*use': .*name another folder"):
+        check_out(in_use, tmp_path / out)
+
+
+def test_a_run_may_write_beside_what_promotion_replaces(tmp_path):
+    in_use = head(tmp_path / "use", "old")
+    for name in ("next", "use.next", "user"):
+        check_out(in_use, tmp_path / name)
 
 
 def test_nothing_to_take_back_and_nothing_in_use(tmp_path):

@@ -8,8 +8,9 @@ import torch
 from outrider.errors import ConfigError, ModelError
 from outrider.models.heads.load import load_head
 from outrider.models.heads.spec import TargetSpec
+from outrider.models.hub import resolve
 from outrider.tokenizer import load_tokenizer
-from outrider.train.heads import session
+from outrider.train.heads import run, session
 from outrider.train.heads.pieces import cut
 from outrider.train.heads.session import train_draft
 from outrider.train.heads.texts import read_texts
@@ -199,3 +200,63 @@ def test_promotion_needs_a_head_before_hours_are_spent(target, data, tmp_path, m
     monkeypatch.setattr(session.Teacher, "load", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match="no head is in use"):
         train_draft(small_run(target, data, tmp_path, promote=tmp_path / "absent"))
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    monkeypatch.setattr(session.Teacher, "load", lambda *args, **options: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize("out", ["use", "use.previous", "use/next", "."])
+def test_writing_over_the_head_in_use_is_refused_at_once(target, data, tmp_path, no_work, out):
+    in_use = tmp_path / "use"
+    in_use.mkdir()
+    (in_use / "config.json").write_text("{}")
+    settings = small_run(target, data, tmp_path / out, promote=in_use)
+    with pytest.raises(ConfigError, match=r"out='.*' and promote='.*use'"):
+        train_draft(settings)
+    assert [path.name for path in tmp_path.rglob("*")] == ["use", "config.json"]
+
+
+def test_writing_over_the_target_is_refused_at_once(target, data, tmp_path, no_work):
+    (tmp_path / "link").symlink_to(target)
+    before = sorted(path.name for path in target.iterdir())
+    for out in (target, tmp_path / "link"):
+        with pytest.raises(
+            ConfigError, match=f"out='{out}' is the folder of the target .'{target}"
+        ):
+            train_draft(small_run(target, data, out))
+    shipped = small_run("demo", data, resolve("demo"))
+    with pytest.raises(ConfigError, match="is the folder of the target"):
+        train_draft(shipped)
+    assert sorted(path.name for path in target.iterdir()) == before
+
+
+@pytest.mark.parametrize("out", ["file", "file/head", "head"])
+def test_a_file_where_the_folder_is_to_be_is_refused_at_once(target, data, tmp_path, no_work, out):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "work").write_text("kept")
+    with pytest.raises(ConfigError, match=rf"no folder can be made at .*{out}.* is a file"):
+        train_draft(small_run(target, data, tmp_path / out))
+
+
+def test_the_peak_of_memory_is_that_of_training(target, data, tmp_path, monkeypatch):
+    """What was before is forgotten once all else is ready, and the peak is read before scoring."""
+    order = []
+
+    def note(owner, name):
+        original = getattr(owner, name)
+
+        def noted(*args, **options):
+            order.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(session, "gather")
+    note(session, "forget_peak")
+    note(session.HeadTrainer, "run")
+    note(run, "peak_memory")
+    train_draft(small_run(target, data, tmp_path))
+    assert order == ["gather", "forget_peak", "run", "peak_memory"]

@@ -15,8 +15,19 @@ from outrider.train.heads.serving import Served, counted
 from outrider.train.heads.tables import rate, table
 
 MAX_TOKENS = 64  # of an answer
-ALL = "all"
+ALL = "**all**"  # the last row of the table
 KINDS = {"sampled": 1.0, "greedy": 0.0}  # temperature
+
+
+class Figures(NamedTuple):
+    """Of all answers, and by domain."""
+
+    total: Served
+    domains: Mapping[str, Served]
+
+    def to_json(self) -> dict[str, Any]:
+        domains = {domain: served._asdict() for domain, served in self.domains.items()}
+        return {"total": self.total._asdict(), "domains": domains}
 
 
 class ByDomain(NamedTuple):
@@ -25,21 +36,18 @@ class ByDomain(NamedTuple):
     Attributes:
         num_prompts: that were answered, once per temperature.
         num_draft_tokens: K of the chains that were drafted.
-        kinds: "sampled" at temperature 1 and "greedy", each by domain and under `ALL`.
+        kinds: "sampled" at temperature 1 and "greedy", each in total and by domain.
     """
 
     num_prompts: int
     num_draft_tokens: int
-    kinds: Mapping[str, Mapping[str, Served]]
+    kinds: Mapping[str, Figures]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "num_prompts": self.num_prompts,
             "num_draft_tokens": self.num_draft_tokens,
-            **{
-                kind: {domain: served._asdict() for domain, served in domains.items()}
-                for kind, domains in self.kinds.items()
-            },
+            **{kind: figures.to_json() for kind, figures in self.kinds.items()},
         }
 
 
@@ -79,7 +87,7 @@ def serve(
         prompts = [piece.text.tokens[: piece.text.num_prompt] for piece in chosen]
         drafted = llm.generate(prompts, sampling, chain)
         plain = llm.generate(prompts, sampling, "off")
-        kinds[kind] = dict(_domains(chosen, drafted, plain, num_draft_tokens))
+        kinds[kind] = _figures(chosen, drafted, plain, num_draft_tokens)
     return ByDomain(len(chosen), num_draft_tokens, kinds)
 
 
@@ -99,10 +107,7 @@ def served_table(found: ByDomain) -> str:
     """Markdown: by domain, acceptance lengths and, at temperature 1, rates by place."""
     depths = [str(depth) for depth in range(1, found.num_draft_tokens + 1)]
     rows = []
-    domains = found.kinds["sampled"]
-    for domain in domains if len(domains) > 2 else (ALL,):
-        sampled = domains[domain]
-        greedy = found.kinds["greedy"][domain]
+    for domain, sampled, greedy in _lines(found.kinds["sampled"], found.kinds["greedy"]):
         lengths = f"{sampled.acceptance_length:.2f}", f"{greedy.acceptance_length:.2f}"
         rows.append([domain, *lengths, *map(rate, sampled.joint), str(sampled.num_drafts)])
     return table(["in the engine", "length, sampled", "length, greedy", *depths, "drafts"], rows)
@@ -110,7 +115,7 @@ def served_table(found: ByDomain) -> str:
 
 def served_told(found: ByDomain) -> str:
     """What the table is of, and whether outputs stayed what they were."""
-    shares = [domains[ALL].same_share for domains in found.kinds.values()]
+    shares = [figures.total.same_share for figures in found.kinds.values()]
     same = round(sum(shares) * found.num_prompts)
     return (
         f"The target went on from {found.num_prompts} held-out prompts, up to {MAX_TOKENS} tokens, "
@@ -121,19 +126,25 @@ def served_told(found: ByDomain) -> str:
     )
 
 
-def _domains(
+def _lines(sampled: Figures, greedy: Figures) -> Iterator[tuple[str, Served, Served]]:
+    """Of the table; a domain alone would say what all of them say."""
+    if len(sampled.domains) > 1:
+        for domain, served in sampled.domains.items():
+            yield domain, served, greedy.domains[domain]
+    yield ALL, sampled.total, greedy.total
+
+
+def _figures(
     pieces: Sequence[Piece],
     drafted: Sequence[RequestOutput],
     plain: Sequence[RequestOutput],
     num_depths: int,
-) -> Iterator[tuple[str, Served]]:
+) -> Figures:
     places: dict[str, list[int]] = {}
     for place, piece in enumerate(pieces):
         places.setdefault(piece.text.domain, []).append(place)
-    for domain in sorted(places):
-        mine = places[domain]
-        yield (
-            domain,
-            counted([drafted[at] for at in mine], [plain[at] for at in mine], num_depths),
-        )
-    yield ALL, counted(drafted, plain, num_depths)
+    domains = {
+        domain: counted([drafted[at] for at in mine], [plain[at] for at in mine], num_depths)
+        for domain, mine in sorted(places.items())
+    }
+    return Figures(counted(drafted, plain, num_depths), domains)

@@ -9,12 +9,14 @@ Shape legend: M rows, U documents, S resamples.
 """
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from outrider.errors import ConfigError
+from outrider.train.folders import is_within
 from outrider.train.heads.acceptance import HEAD, Scores
 
 NUM_RESAMPLES = 2000
@@ -99,13 +101,17 @@ def replace_head(in_use: Path, new: Path) -> Path:
         Where the other is now: `in_use` with ".previous" behind its name. One that was there
         before is gone.
     """
-    incoming, previous = _beside(in_use, INCOMING), _beside(in_use, PREVIOUS)
-    for folder in (incoming, previous):
-        if folder.exists():
-            shutil.rmtree(folder)
-    shutil.copytree(new, incoming, ignore=shutil.ignore_patterns("work"))
-    in_use.rename(previous)
-    incoming.rename(in_use)
+    in_use, previous = in_use.resolve(), _beside(in_use, PREVIOUS)
+    with tempfile.TemporaryDirectory(
+        dir=in_use.parent, prefix=f"{in_use.name}{INCOMING}-"
+    ) as place:
+        incoming = Path(place) / "head"
+        shutil.copytree(new, incoming, ignore=shutil.ignore_patterns("work"))
+        # Nothing is removed until the copy is whole.
+        if previous.exists():
+            shutil.rmtree(previous)
+        in_use.rename(previous)
+        incoming.rename(in_use)
     return previous
 
 
@@ -115,6 +121,7 @@ def roll_back(in_use: Path) -> None:
     Raises:
         ConfigError: none was kept.
     """
+    in_use = in_use.resolve()
     incoming, previous = _beside(in_use, INCOMING), _beside(in_use, PREVIOUS)
     if not previous.is_dir():
         raise ConfigError(f"no folder {str(previous)!r}: there is nothing to go back to")
@@ -129,6 +136,17 @@ def check_in_use(folder: Path) -> None:
         raise ConfigError(
             f"promote={str(folder)!r}: no head is in use there; the first one is copied by hand"
         )
+
+
+def check_out(in_use: Path, out: Path) -> None:
+    """ConfigError if promotion would move, remove or copy what a run writes or replaces."""
+    for taken in (in_use, _beside(in_use, PREVIOUS), _beside(in_use, INCOMING)):
+        if is_within(out, taken) or is_within(taken, out):
+            raise ConfigError(
+                f"out={str(out)!r} and promote={str(in_use)!r}: promotion replaces "
+                f"{str(taken)!r} with a copy of what is in out, so one must not lie in the other: "
+                "name another folder for out"
+            )
 
 
 def _beside(folder: Path, ending: str) -> Path:

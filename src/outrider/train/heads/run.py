@@ -215,7 +215,11 @@ def _first(pieces: list[Piece], num_tokens: int) -> list[Piece]:
 def _told_memory(num_bytes: int | None, device: torch.device) -> str:
     if num_bytes is None:
         return "not counted on this system"
-    what = "tensors on the GPU" if device.type == "cuda" else "the whole process, target included"
+    what = (
+        "tensors on the GPU"
+        if device.type == "cuda"
+        else "the whole process since it began, target included"
+    )
     return f"{num_bytes / 2**30:.2f} GiB ({what})"
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from outrider.errors import ConfigError, unknown
+from outrider.models.hub import SHIPPED, resolve
+from outrider.train.folders import check_apart, check_folder
 from outrider.train.heads.incumbent import Incumbent, load_incumbent
 from outrider.train.heads.kinds import find_kind
 from outrider.train.heads.losses import find_loss
 from outrider.train.heads.material import Report, device_of, gather, vocabulary_of
+from outrider.train.heads.memory import forget_peak
 from outrider.train.heads.objective import Objective
 from outrider.train.heads.pieces import PieceBatches, Split
-from outrider.train.heads.promote import check_in_use
+from outrider.train.heads.promote import check_in_use, check_out
 from outrider.train.heads.run import Outcome, Run, num_said
 from outrider.train.heads.settings import DraftTraining
 from outrider.train.heads.student import Student
@@ -36,8 +39,7 @@ def train_draft(settings: DraftTraining, report: Report = logger.info) -> Outcom
     """
     kind, loss = find_kind(settings.kind), find_loss(settings.loss)
     layout = _layout(settings, kind)
-    if settings.promote is not None:
-        check_in_use(settings.promote)
+    _check_places(settings)
     teacher = Teacher.load(settings.target, device=device_of(settings), dtype=settings.dtype)
     in_use = None if settings.promote is None else _in_use(settings, settings.promote, teacher)
     data, tokenizer = gather(settings, teacher, report)
@@ -57,7 +59,18 @@ def train_draft(settings: DraftTraining, report: Report = logger.info) -> Outcom
     )
     if settings.resume and trainer.resume():
         report("resumed from the last checkpoint")
+    forget_peak(teacher.spec.device)
     return run.finish(trainer.run(), layout)
+
+
+def _check_places(settings: DraftTraining) -> None:
+    """ConfigError if writing to `out` would fail, or cost what is there; told before any work."""
+    if settings.promote is not None:
+        check_in_use(settings.promote)
+        check_out(settings.promote, settings.out)
+    check_folder(settings.work)
+    if settings.target in SHIPPED or Path(settings.target).expanduser().is_dir():
+        check_apart(settings.out, resolve(settings.target), "target")
 
 
 def _in_use(settings: DraftTraining, folder: Path, teacher: Teacher) -> Incumbent:
