@@ -119,7 +119,7 @@ def test_drafts_are_those_that_ask_for_a_law_per_node(monkeypatch, kind, samplin
 
     monkeypatch.setattr(feeding, "_grow", counting)
     speculation = SpeculationParams(
-        num_draft_tokens=4, width=3, num_nodes=10, draft_sample_method=method, policy="fixed"
+        num_draft_tokens=3, width=3, num_nodes=10, draft_sample_method=method, policy="fixed"
     )
     fast, num_fast, num_laws = drafted(kind, speculation, sampling), num_laws, 0
     monkeypatch.setattr(feeding, "is_by_path", lambda seq: True)

@@ -59,8 +59,11 @@ def turn(engine, kind, log, way="chain", *, temperature=WARM, tenant="", is_plai
     """One answer to a log, and what it took."""
     asked = SpeculationParams(method="off")
     if not is_plain:
-        name = KINDS[kind].drafter.name
-        asked = SpeculationParams(method=name, policy="fixed", **WAYS[way])
+        drafter = drafter_of(engine, kind)
+        settings = dict(WAYS[way])
+        most = getattr(drafter, "max_draft_tokens", settings["num_draft_tokens"])
+        settings["num_draft_tokens"] = min(settings["num_draft_tokens"], most)
+        asked = SpeculationParams(method=drafter.name, policy="fixed", **settings)
     sampling = SamplingParams(max_tokens=24, temperature=temperature, ignore_eos=True)
     request = Request(
         id="r",
