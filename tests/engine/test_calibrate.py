@@ -51,3 +51,13 @@ def test_prices_are_known_afterwards_and_texts_are_not() -> None:
     assert policy.lessons.cost.passes.is_known
     assert policy.explain()["acceptance"] == []
     assert not engine.has_work()
+
+
+def test_nobody_is_timed_deeper_than_it_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_with_prices()
+    engine.drafters["draft_model"].max_draft_tokens = 3
+    groups = []
+    monkeypatch.setattr(calibration, "_run", lambda engine, group, *_: groups.append(group))
+    calibrate(engine, 60.0)
+    assert {group.depth for group in groups} == {0, 1, 3}
+    assert len(set(groups)) == len(groups), "nothing is timed twice"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from outrider.draft.base import EndsAtDepth
 from outrider.engine.engine import Engine
 from outrider.engine.stats import EngineStats
 from outrider.errors import ConfigError
@@ -174,7 +175,8 @@ def _groups(engine: Engine) -> Iterator[Group]:
     So a budget that is soon used up, as of a large model, has bought what matters most: what one
     draft costs, and where passes begin to take longer for more rows.
     """
-    deep = 4 if engine.default_drafter else 0
+    depths = sorted({min(depth, _deepest(engine)) for depth in DEPTHS})
+    deep = min(4, _deepest(engine)) if engine.default_drafter else 0
     sizes = list(_sizes(engine.config.max_num_seqs))
     yield Group(1, 0)
     if deep:
@@ -182,7 +184,7 @@ def _groups(engine: Engine) -> Iterator[Group]:
     yield from (Group(size, 0, SHORT_PROMPT_TOKENS) for size in sizes[1:])
     for size in sizes:
         if deep and size < 64:
-            yield from (Group(size, depth) for depth in DEPTHS if size > 1 or depth != deep)
+            yield from (Group(size, depth) for depth in depths if size > 1 or depth != deep)
         if size == 1:
             yield Group(1, deep, temperature=1.0)
         if size == 4:
@@ -190,6 +192,11 @@ def _groups(engine: Engine) -> Iterator[Group]:
             if most > 2 * PROMPT_TOKENS:
                 yield Group(1, deep, most)
             yield Group(4, 0, temperature=1.0)
+
+
+def _deepest(engine: Engine) -> int:
+    drafter = engine.drafters[engine.default_drafter] if engine.default_drafter else None
+    return drafter.max_draft_tokens if isinstance(drafter, EndsAtDepth) else max(DEPTHS)
 
 
 def _sizes(most: int) -> Iterator[int]:

@@ -1,7 +1,9 @@
 """What a request asks of speculation, checked against this engine, with every default filled in."""
 
+import logging
 from collections.abc import Mapping, Sequence as Items
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 from outrider.control.base import ChecksOptions, NamesDepth, Policy
@@ -38,6 +40,7 @@ LOOKUP_MIN, LOOKUP_MAX = 2, 4
 MORE = 2  # times a drafter's own K, for policies that go as far as pays
 MAX_POSITIONS = 1 << 40
 NO_HEADS: Mapping[str, str] = {}
+logger = logging.getLogger(__name__)
 OWN_MODEL, OTHER_MODEL = "draft model", "draft model of another vocabulary"  # in `needs`
 
 
@@ -183,18 +186,27 @@ def _size(
         )
     deepest = drafter.max_draft_tokens if isinstance(drafter, EndsAtDepth) else MAX_DRAFT_TOKENS
     if k is not None and k > deepest:
-        raise RequestError(
-            f"num_draft_tokens={k}: {drafter.name} guesses at most {deepest} tokens ahead here; "
-            f"use num_draft_tokens={deepest} or fewer"
-        )
+        _say_less(drafter.name, k, deepest)
     if k is None:
         k = drafter.default_draft_tokens
         if named is not None:
             k = max(named, 1)
         elif policy.needs_clock and width == 1:
             k = min(MORE * k, MAX_DRAFT_TOKENS)
-        k = min(k, deepest)
+    k = min(k, deepest)
     return k, num_nodes or drafter.default_num_nodes or min(k * width, MAX_NODES)
+
+
+@lru_cache(maxsize=64)
+def _say_less(name: str, k: int, deepest: int) -> None:
+    """Once: a sweep over K asks for it again and again."""
+    logger.warning(
+        "num_draft_tokens=%d: %s guesses at most %d tokens ahead here, so K is %d",
+        k,
+        name,
+        deepest,
+        deepest,
+    )
 
 
 def _refuse_unused(params: SpeculationParams, name: str) -> None:
