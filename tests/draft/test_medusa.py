@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from outrider.control.base import Facts
+from outrider.control.policies import make_controller
 from outrider.draft import feeding
 from outrider.draft.base import ModelParts, Surroundings
 from outrider.draft.drawing import draft_law
@@ -439,7 +441,11 @@ def test_no_draft_is_deeper_than_there_are_heads(target, fitted, caplog):
     _say_less.cache_clear()
     deeper = used.resolve(asks(8), GREEDY)
     assert deeper.num_draft_tokens == K
-    assert f"num_draft_tokens=8: medusa guesses at most {K} " in caplog.text
+    assert f"a K of 8: medusa guesses at most {K} " in caplog.text
+    named = SpeculationParams(method="medusa", policy="table", policy_options={"table": "1-:9"})
+    used = engine(target, fitted, controller=make_controller(1024, Facts()))
+    assert used.resolve(named, GREEDY).num_draft_tokens == K
+    assert f"a K of 9: medusa guesses at most {K} " in caplog.text
     assert drafter_of(used).default_draft_tokens == K
     deepest = {plan.width: 0 for _, plan, *_ in made}
     for _, plan, tree, _ in made:

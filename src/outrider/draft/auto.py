@@ -38,7 +38,8 @@ class AutoDrafter(CascadeDrafter):
         """Whom the policy may choose, and how deep each may draft.
 
         Args:
-            num_draft_tokens: K where the request says; else each has its own, times `factor`.
+            num_draft_tokens: K where the request says; else each has its own, times `factor`. A
+                part that ends before that goes as far as it can.
         """
         found = []
         for name in self.parts(options):

@@ -185,8 +185,9 @@ def _size(
             "num_draft_tokens, or lower the K of the policy"
         )
     deepest = drafter.max_draft_tokens if isinstance(drafter, EndsAtDepth) else MAX_DRAFT_TOKENS
-    if k is not None and k > deepest:
-        _say_less(drafter.name, k, deepest)
+    asked = named if k is None else k
+    if asked is not None and asked > deepest:
+        _say_less(drafter.name, asked, deepest)
     if k is None:
         k = drafter.default_draft_tokens
         if named is not None:
@@ -201,7 +202,7 @@ def _size(
 def _say_less(name: str, k: int, deepest: int) -> None:
     """Once: a sweep over K asks for it again and again."""
     logger.warning(
-        "num_draft_tokens=%d: %s guesses at most %d tokens ahead here, so K is %d",
+        "a K of %d: %s guesses at most %d tokens ahead here, so K is %d",
         k,
         name,
         deepest,
